@@ -1,0 +1,18 @@
+"""Randomness as a function: every generator is seeded from what it is for.
+
+Nothing random is carried from step to step, so a process that replays a turn draws exactly what the
+first attempt drew, and a cut, a restart or a number of workers changes nothing.
+"""
+
+from hashlib import blake2b
+
+
+def derive(seed: int, purpose: str, *parts: int | str) -> int:
+    """Return the 63-bit seed for one purpose.
+
+    It is the first 8 bytes, big endian and without the top bit, of the blake2b digest of
+    `"{seed}/{purpose}/{part}/{part}…"`. Purposes in use: `init`, `partition`, `validation` (client),
+    `order` (client, round, local epoch), `dropout` (client, round, step, micro-batch, node), `sample` (round).
+    """
+    text = "/".join(str(part) for part in (seed, purpose, *parts))
+    return int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
