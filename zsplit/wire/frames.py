@@ -1,0 +1,114 @@
+"""Headers to bytes and back, and the rules that every message must meet before anyone looks at a payload."""
+
+from collections.abc import Sequence
+from math import prod
+from typing import TypeVar
+
+import msgspec
+
+from zsplit.errors import LocalProtocolError, RemoteProtocolError
+from zsplit.wire.messages import Chunk, ControlMessage, DataMessage, TensorMeta, Tensors
+
+MAX_HEADER = 64 * 1024
+"""Bytes of a data header; only those of tensors with very many dimensions come near."""
+
+MAX_CONTROL = 16 * 1024 * 1024
+"""Bytes of a control message: the config, and the orders of a server with a thousand clients."""
+
+CHUNK = 4 * 1024 * 1024
+"""Bytes of a state that travel in one frame at most."""
+
+MAX_FRAMES = 8
+"""Frames of a data message, the header included."""
+
+ITEMSIZE = {
+    "BOOL": 1, "U8": 1, "I8": 1, "I16": 2, "U16": 2, "F16": 2, "BF16": 2, "I32": 4, "U32": 4, "F32": 4,
+    "I64": 8, "U64": 8, "F64": 8,
+}  # fmt: skip
+"""Bytes of one element, by safetensors' name of the dtype."""
+
+M = TypeVar("M")
+
+_encoder = msgspec.msgpack.Encoder()
+_control: msgspec.msgpack.Decoder[ControlMessage] = msgspec.msgpack.Decoder(ControlMessage)
+_data: msgspec.msgpack.Decoder[DataMessage] = msgspec.msgpack.Decoder(DataMessage)
+
+
+class _Preamble(msgspec.Struct, tag_field="type", tag="hello"):
+    protocol: int
+
+
+_preamble = msgspec.msgpack.Decoder(_Preamble)
+
+
+def encode(message: ControlMessage | DataMessage) -> bytes:
+    """Return the header's bytes."""
+    try:
+        return _encoder.encode(message)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise LocalProtocolError(f"cannot encode {type(message).__name__}: {error}") from error
+
+
+def decode_control(header: bytes) -> ControlMessage:
+    """Return the control message. Raises RemoteProtocolError for anything else."""
+    if len(header) > MAX_CONTROL:
+        raise RemoteProtocolError(
+            f"a control message of {len(header)} bytes is over the limit of {MAX_CONTROL}"
+        )
+    return _decoded(_control, header)
+
+
+def decode_data(header: bytes) -> DataMessage:
+    """Return the data message's header. Raises RemoteProtocolError for anything else."""
+    if len(header) > MAX_HEADER:
+        raise RemoteProtocolError(f"a data header of {len(header)} bytes is over the limit of {MAX_HEADER}")
+    return _decoded(_data, header)
+
+
+def protocol_of(header: bytes) -> int | None:
+    """Return the protocol version of a hello that this version may be unable to decode, or None."""
+    try:
+        return _preamble.decode(header).protocol
+    except (msgspec.MsgspecError, RecursionError):
+        return None
+
+
+def check_frames(message: DataMessage, sizes: Sequence[int]) -> None:
+    """Check that the frames behind a header have the number and the sizes that it declares.
+
+    Raises RemoteProtocolError. Shapes and byte counts of uncompressed tensors must multiply out.
+    """
+    declared: tuple[int, ...] = ()
+    if isinstance(message, Tensors):
+        for meta in message.tensors:
+            _check_meta(meta)
+        declared = tuple(meta.nbytes for meta in message.tensors)
+    elif isinstance(message, Chunk):
+        declared = (message.nbytes,) if message.nbytes else ()
+    if tuple(sizes) != declared:
+        name = type(message).__name__
+        raise RemoteProtocolError(f"{name} declares frames of {list(declared)} bytes, {list(sizes)} came")
+
+
+def elements(shape: Sequence[int]) -> int:
+    """Return the number of elements of a shape. Raises RemoteProtocolError for a negative dimension."""
+    if any(n < 0 for n in shape):
+        raise RemoteProtocolError(f"a tensor cannot have the shape {list(shape)}")
+    return prod(shape)
+
+
+def _check_meta(meta: TensorMeta) -> None:
+    if meta.dtype not in ITEMSIZE:
+        raise RemoteProtocolError(f"unknown dtype {meta.dtype!r}")
+    raw = elements(meta.shape) * ITEMSIZE[meta.dtype]
+    if meta.nbytes < 0 or (meta.codec == "raw" and raw != meta.nbytes):
+        raise RemoteProtocolError(
+            f"{meta.dtype}{list(meta.shape)} is {raw} bytes, the header says {meta.nbytes}"
+        )
+
+
+def _decoded(decoder: msgspec.msgpack.Decoder[M], header: bytes) -> M:
+    try:
+        return decoder.decode(header)
+    except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError, ValueError) as error:
+        raise RemoteProtocolError(f"not a message of protocol 1: {error}") from error

@@ -1,0 +1,315 @@
+"""The messages of protocol 1, and the records inside them. `broker/README.md` is their specification.
+
+A message on the wire is `[header, frame, frame, …]`. The header is one of the structs here, encoded
+with msgpack and validated as it is decoded. Control messages are maps, so that a field can be added;
+data messages are arrays, since their headers are sent once for each tensor.
+"""
+
+from typing import Literal, NamedTuple
+
+import msgspec
+
+PROTOCOL = 1
+
+Role = Literal["client", "server", "monitor"]
+Kind = Literal["train", "eval", "predict"]
+What = Literal["smashed", "gradients", "labels", "norms", "weights", "optimizer", "evaluation", "other"]
+
+
+class Lease(NamedTuple):
+    """The right to do one job. A later one for the same peer fences every earlier one."""
+
+    epoch: int
+    number: int
+
+
+class Record(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Base of what travels inside messages."""
+
+
+class Ref(Record, frozen=True):
+    """A state, by the digest of its contents, and the peer that holds it (`server.0`, `client.3`, `broker`)."""
+
+    digest: str
+    holder: str
+
+
+class Plan(Record, frozen=True):
+    """What a client is told to use.
+
+    `cut` names the place in the model, `micro_batches` is M, `window` the number of unanswered
+    micro-batches that are allowed (the credit), `up` and `down` are codecs.
+    """
+
+    cut: str
+    micro_batches: int = 1
+    window: int = 1
+    up: str = "raw"
+    down: str = "raw"
+
+
+class Init(Record, frozen=True, tag="init"):
+    """A server makes version 0: the freshly initialised model."""
+
+    lease: Lease
+    server: int
+
+
+class Turn(Record, frozen=True, tag="turn"):
+    """A client trains with a server: everything that the turn depends on.
+
+    Steps `first … first + count - 1` of the round, counted over all `train.local_epochs`; the
+    learning-rate position is `round · local_epochs` plus the epoch within the round.
+    """
+
+    lease: Lease
+    client: int
+    server: int
+    base: Ref
+    plan: Plan
+    round: int
+    first: int
+    count: int
+    threads: tuple[int, int] = (0, 0)
+
+
+class Evaluate(Record, frozen=True, tag="evaluate"):
+    """A client evaluates a version on its part of the validation or test data, forward only."""
+
+    lease: Lease
+    client: int
+    server: int
+    base: Ref
+    plan: Plan
+    round: int
+    part: Literal["validation", "test"]
+
+
+class Contribution(Record, frozen=True):
+    """What one client's turn leaves: the state of the front and of the back, and its weight."""
+
+    client: int
+    weight: float
+    front: Ref
+    back: Ref
+
+
+class Merge(Record, frozen=True, tag="merge"):
+    """A server makes a version out of contributions: one is joined, several are averaged in client order."""
+
+    lease: Lease
+    server: int
+    base: Ref
+    round: int
+    inputs: tuple[Contribution, ...]
+
+
+Job = Init | Turn | Evaluate | Merge
+
+
+class Tally(Record, frozen=True):
+    """What a job did, counted. Sums are over samples; `step_seconds` counts steps by duration bucket.
+
+    `seconds` and `idle` are wall time in the job and the part of it spent waiting for the other side.
+    `traffic` is filled in by the broker: bytes by kind, up and down as seen from the client.
+    """
+
+    steps: int = 0
+    samples: int = 0
+    loss_sum: float = 0.0
+    top1: int = 0
+    top5: int = 0
+    seconds: float = 0.0
+    idle: float = 0.0
+    step_seconds: dict[int, int] = {}
+    traffic: dict[str, tuple[int, int]] = {}
+
+
+class Held(Record, frozen=True):
+    """One job as its peer sees it: how far it is, and its result once it is done."""
+
+    lease: Lease
+    state: Literal["opening", "ready", "running", "done"]
+    step: int = 0
+    digest: str = ""
+    tally: Tally = Tally()
+
+
+class Prepared(Record, frozen=True):
+    """A peer is ready to be given jobs: its data or model is loaded. Sizes in samples."""
+
+    train: int = 0
+    validation: int = 0
+    test: int = 0
+    torch: str = ""
+    capability: str = ""
+    threads: int = 0
+    device: str = "cpu"
+    host: str = ""
+
+
+class Finish(Record, frozen=True):
+    """The run is over. `ok` is false where it ended early; the sentence says why."""
+
+    ok: bool
+    sentence: str
+
+
+class Control(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag_field="type"):
+    """Base of the messages on the control connection."""
+
+
+class Hello(Control, frozen=True, tag="hello"):
+    """Peer → broker: who I am. Sent again until it is answered. `index` −1 asks for the next free one."""
+
+    protocol: int
+    role: Role
+    instance: str
+    index: int = -1
+    host: str = ""
+
+
+class Welcome(Control, frozen=True, tag="welcome"):
+    """Broker → peer: you are in. `config` is the run's config as JSON; ports belong to the broker's host."""
+
+    session: str
+    run: str
+    index: int
+    config: bytes
+    data_port: int
+    events_port: int
+
+
+class Refused(Control, frozen=True, tag="refused"):
+    """Broker → peer: you are not in, for the reason that the sentence gives. Exit with `code`."""
+
+    sentence: str
+    code: int = 1
+
+
+class Beat(Control, frozen=True, tag="beat"):
+    """Peer → broker, regularly and on every change: all that I hold. `sent` is the peer's clock (s)."""
+
+    session: str
+    sent: float
+    held: tuple[Held, ...] = ()
+    have: tuple[str, ...] = ()
+    prepared: Prepared | None = None
+
+
+class Orders(Control, frozen=True, tag="orders"):
+    """Broker → peer, as answer to every beat and on every change: all that you should hold.
+
+    A job that is not listed is over: drop it. A state whose digest is neither in `keep` nor the result
+    of a listed job may be forgotten. `echo` is the beat's `sent`, `now` the broker's clock.
+    """
+
+    revision: int
+    jobs: tuple[Job, ...] = ()
+    keep: tuple[str, ...] = ()
+    finish: Finish | None = None
+    echo: float = 0.0
+    now: float = 0.0
+
+
+class Telemetry(Control, frozen=True, tag="telemetry"):
+    """Peer → broker: what the monitor shows. May be lost; nothing depends on it."""
+
+    session: str
+    losses: tuple[float, ...] = ()
+    samples_per_second: float = 0.0
+    idle_share: float = 0.0
+    note: str = ""
+
+
+class Fault(Control, frozen=True, tag="fault"):
+    """Peer → broker: I cannot go on, for the reason that the sentence gives."""
+
+    session: str
+    sentence: str
+
+
+class Bye(Control, frozen=True, tag="bye"):
+    """Peer → broker: I leave."""
+
+    session: str
+
+
+class Data(msgspec.Struct, frozen=True, array_like=True, tag_field="type"):
+    """Base of the messages on the data connection: every one names its run and its sender's session."""
+
+    run: str
+    session: str
+
+
+class Attach(Data, frozen=True, tag="a"):
+    """Peer → broker: this data connection belongs to my session."""
+
+
+class Attached(Data, frozen=True, tag="A"):
+    """Broker → peer: it does now. Without it nothing else passes."""
+
+
+class Detached(Data, frozen=True, tag="D"):
+    """Broker → peer: I do not know this data connection; attach again."""
+
+
+class TensorMeta(msgspec.Struct, frozen=True, array_like=True):
+    """One tensor: what it is, its dtype (safetensors' names), shape, codec and byte count in its frame."""
+
+    what: What
+    dtype: str
+    shape: tuple[int, ...]
+    codec: str
+    nbytes: int
+
+
+class Tensors(Data, frozen=True, tag="t"):
+    """Tensors of one micro-batch on one leg; with the lease, (kind, step, micro, leg) is the idempotency key.
+
+    Legs with two parts: 0 smashed data and labels up, 1 gradients down. `scalars` carries the loss and
+    the counts that go with it (`loss`, `top1`, `top5`, `samples`).
+    """
+
+    lease: Lease
+    kind: Kind
+    step: int
+    micro: int
+    leg: int
+    tensors: tuple[TensorMeta, ...]
+    scalars: dict[str, float] = {}
+
+
+class Step(Data, frozen=True, tag="s"):
+    """Client → server: step the optimizer now, gradients scaled by `scale` (clipping by the global norm)."""
+
+    lease: Lease
+    step: int
+    scale: float
+
+
+class Pull(Data, frozen=True, tag="p"):
+    """Ask `source` for bytes of a state (offset −1: the manifest). The broker fills in who asks, `origin`."""
+
+    lease: Lease
+    source: str
+    digest: str
+    offset: int
+    length: int
+    what: What
+    origin: str = ""
+
+
+class Chunk(Data, frozen=True, tag="c"):
+    """Answer to a pull, to `origin`: one frame of `nbytes` bytes; none where the holder lacks the state."""
+
+    lease: Lease
+    origin: str
+    digest: str
+    offset: int
+    nbytes: int
+    what: What
+
+
+ControlMessage = Hello | Welcome | Refused | Beat | Orders | Telemetry | Fault | Bye
+DataMessage = Attach | Attached | Detached | Tensors | Step | Pull | Chunk
