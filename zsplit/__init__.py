@@ -1,0 +1,50 @@
+"""zsplit: split learning over ZeroMQ. One model, trained across machines that may not share their data.
+
+The names below are loaded when they are first used: importing zsplit loads neither torch nor zmq.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from zsplit.config import Config, load_config
+    from zsplit.data import Data, from_datasets
+    from zsplit.errors import ZsplitError
+    from zsplit.launch import Result, run_here
+    from zsplit.model import CutPoint, cut_points, split
+
+_HOMES = {
+    "Config": "zsplit.config",
+    "CutPoint": "zsplit.model",
+    "Data": "zsplit.data",
+    "Result": "zsplit.launch",
+    "ZsplitError": "zsplit.errors",
+    "cut_points": "zsplit.model",
+    "from_datasets": "zsplit.data",
+    "load_config": "zsplit.config",
+    "run_here": "zsplit.launch",
+    "split": "zsplit.model",
+}
+
+__all__ = [
+    "Config",
+    "CutPoint",
+    "Data",
+    "Result",
+    "ZsplitError",
+    "cut_points",
+    "from_datasets",
+    "load_config",
+    "run_here",
+    "split",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'zsplit' has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

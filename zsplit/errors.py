@@ -42,5 +42,5 @@ class StorageError(ZsplitError):
     """The run's folder cannot be read or written."""
 
 
-class RunFailed(ZsplitError):
+class RunFailedError(ZsplitError):
     """The run ended before it was finished; the sentence says why and what was kept."""

@@ -52,9 +52,7 @@ def encode(message: ControlMessage | DataMessage) -> bytes:
 def decode_control(header: bytes) -> ControlMessage:
     """Return the control message. Raises RemoteProtocolError for anything else."""
     if len(header) > MAX_CONTROL:
-        raise RemoteProtocolError(
-            f"a control message of {len(header)} bytes is over the limit of {MAX_CONTROL}"
-        )
+        raise RemoteProtocolError(f"a control message of {len(header)} bytes is over the limit of {MAX_CONTROL}")
     return _decoded(_control, header)
 
 
@@ -102,9 +100,7 @@ def _check_meta(meta: TensorMeta) -> None:
         raise RemoteProtocolError(f"unknown dtype {meta.dtype!r}")
     raw = elements(meta.shape) * ITEMSIZE[meta.dtype]
     if meta.nbytes < 0 or (meta.codec == "raw" and raw != meta.nbytes):
-        raise RemoteProtocolError(
-            f"{meta.dtype}{list(meta.shape)} is {raw} bytes, the header says {meta.nbytes}"
-        )
+        raise RemoteProtocolError(f"{meta.dtype}{list(meta.shape)} is {raw} bytes, the header says {meta.nbytes}")
 
 
 def _decoded(decoder: msgspec.msgpack.Decoder[M], header: bytes) -> M:

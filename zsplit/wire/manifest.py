@@ -7,8 +7,9 @@ holds only a part of a state can still name its tensors.
 """
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from hashlib import blake2b
+from typing import Annotated
 
 import msgspec
 
@@ -21,14 +22,23 @@ OPTIMIZER = "optimizer/"
 LOCAL = "local/"
 """Prefix of buffers that one peer keeps for itself: `local/<owner>/<buffer>/<parameter>`."""
 
+METADATA = "__metadata__"
+"""The one key of a safetensors header that is not a tensor's name."""
+
+MAX_STATE = 1 << 50
+"""Bytes of a state: far more than a model has, and far less than a file offset can count."""
+
+Digest = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{32}\\Z")]
+Shape = tuple[Annotated[int, msgspec.Meta(ge=0)], ...]
+
 
 class Entry(msgspec.Struct, frozen=True, array_like=True):
     """One tensor of a state. `digest` is the blake2b-128 of its bytes, in hex."""
 
     name: str
     dtype: str
-    shape: tuple[int, ...]
-    digest: str
+    shape: Shape
+    digest: Digest
 
     @property
     def nbytes(self) -> int:
@@ -55,9 +65,7 @@ class Manifest(msgspec.Struct, frozen=True):
     @property
     def digest(self) -> str:
         """The state's digest: 32 hex characters."""
-        rows = [
-            [e.name, e.dtype, list(e.shape), e.digest] for e in sorted(self.entries, key=lambda e: e.name)
-        ]
+        rows = [[e.name, e.dtype, list(e.shape), e.digest] for e in sorted(self.entries, key=lambda e: e.name)]
         return digest_of(json.dumps(rows, separators=(",", ":")).encode())
 
     def offsets(self) -> dict[str, tuple[int, int]]:
@@ -96,19 +104,33 @@ class Manifest(msgspec.Struct, frozen=True):
         """Return the manifest. Raises RemoteProtocolError unless it is one, in order, with this digest."""
         try:
             manifest = msgspec.msgpack.decode(data, type=cls)
-            ordered = cls.of(manifest.entries)
-        except (msgspec.MsgspecError, KeyError) as error:
+        except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:
             raise RemoteProtocolError(f"not a manifest: {error}") from error
-        if ordered != manifest or len({e.name for e in manifest.entries}) != len(manifest.entries):
-            raise RemoteProtocolError("a manifest whose tensors are out of order or doubled")
+        manifest.check()
         if manifest.digest != digest:
             raise RemoteProtocolError(f"a manifest with digest {manifest.digest} came for state {digest}")
         return manifest
 
-    def safetensors_header(self, names: Iterable[str] | None = None) -> bytes:
-        """Return the head of the safetensors file with these tensors (all, by default): length and JSON."""
+    def check(self) -> None:
+        """Raise RemoteProtocolError unless this can be the head of a state: known dtypes, in order, no doubles."""
+        names = {entry.name for entry in self.entries}
+        unknown = {entry.dtype for entry in self.entries} - ITEMSIZE.keys()
+        if unknown:
+            raise RemoteProtocolError(f"a manifest with the unknown dtype {min(unknown)!r}")
+        if METADATA in names or len(names) != len(self.entries) or Manifest.of(self.entries) != self:
+            raise RemoteProtocolError("a manifest whose tensors are out of order, doubled or misnamed")
+        if self.nbytes > MAX_STATE:
+            raise RemoteProtocolError(f"a manifest of {self.nbytes} bytes is over the limit of {MAX_STATE} for a state")
+
+    def safetensors_header(
+        self, names: Iterable[str] | None = None, metadata: Mapping[str, str] | None = None
+    ) -> bytes:
+        """Return the head of the safetensors file with these tensors (all, by default): length and JSON.
+
+        `metadata` is free text that goes with the file.
+        """
         wanted = None if names is None else set(names)
-        rows: dict[str, object] = {}
+        rows: dict[str, object] = {METADATA: dict(metadata)} if metadata else {}
         position = 0
         for entry in self.entries:
             if wanted is None or entry.name in wanted:
@@ -125,4 +147,9 @@ class Manifest(msgspec.Struct, frozen=True):
 
 def digest_of(data: bytes | memoryview) -> str:
     """Return the blake2b-128 digest of the bytes, in hex."""
-    return blake2b(data, digest_size=16).hexdigest()
+    return hasher(data).hexdigest()
+
+
+def hasher(data: bytes | memoryview = b"") -> blake2b:
+    """Return the hash object of a digest, for bytes that come in pieces."""
+    return blake2b(data, digest_size=16)

@@ -5,6 +5,7 @@ with msgpack and validated as it is decoded. Control messages are maps, so that 
 data messages are arrays, since their headers are sent once for each tensor.
 """
 
+from math import log
 from typing import Literal, NamedTuple
 
 import msgspec
@@ -28,7 +29,7 @@ class Record(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 
 class Ref(Record, frozen=True):
-    """A state, by the digest of its contents, and the peer that holds it (`server.0`, `client.3`, `broker`)."""
+    """A state, by the digest of its contents, and who holds it: `server.0`, `client.3` or `broker`."""
 
     digest: str
     holder: str
@@ -125,6 +126,16 @@ class Tally(Record, frozen=True):
     traffic: dict[str, tuple[int, int]] = {}
 
 
+def bucket_of(seconds: float) -> int:
+    """Return the bucket of a duration: buckets are 1 % wide, so that quantiles are right to 0.5 %."""
+    return round(log(max(seconds, 1e-9)) / log(1.01))
+
+
+def bucket_seconds(bucket: int) -> float:
+    """Return the middle of a bucket, in seconds."""
+    return float(1.01**bucket)
+
+
 class Held(Record, frozen=True):
     """One job as its peer sees it: how far it is, and its result once it is done."""
 
@@ -136,8 +147,12 @@ class Held(Record, frozen=True):
 
 
 class Prepared(Record, frozen=True):
-    """A peer is ready to be given jobs: its data or model is loaded. Sizes in samples."""
+    """A peer is ready to be given jobs: its data or model is loaded. Sizes in samples.
 
+    `cut` is the name of the place that the config's cut means in this peer's model.
+    """
+
+    cut: str = ""
     train: int = 0
     validation: int = 0
     test: int = 0

@@ -1,0 +1,62 @@
+"""`zsplit-broker`, `python -m zsplit_broker` and `zsplit broker`: one command."""
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from zsplit.config import Config, load_config
+from zsplit.errors import ZsplitError
+
+if TYPE_CHECKING:
+    from zsplit_broker.sockets import Sockets
+
+
+@click.command()
+@click.argument("config", required=False, type=click.Path(path_type=Path))
+@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Set a key of the config; repeatable.")
+@click.option("--out", help="The run's folder; it must not exist yet.  [default: runs/NAME-N]")
+@click.option("--json", "as_json", is_flag=True, help="Say where the broker listens as one line of JSON.")
+@click.option("--attached", is_flag=True, help="Stop when the standard input ends.")
+@click.option("--debug", is_flag=True, help="Show tracebacks.")
+def broker(
+    config: Path | None, overrides: tuple[str, ...], out: str | None, as_json: bool, attached: bool, debug: bool
+) -> None:
+    """Hold a run's CONFIG and hand it out, route its tensors, decide whose turn it is."""
+    try:
+        sys.exit(_run(load_config(config, overrides), out, as_json, attached))
+    except ZsplitError as error:
+        if debug:
+            raise
+        click.echo(f"zsplit broker: {error}", err=True)
+        sys.exit(error.exit_code)
+
+
+def _run(config: Config, out: str | None, as_json: bool, attached: bool) -> int:
+    from zsplit_broker.process import run_broker
+
+    def ready(sockets: "Sockets", folder: Path) -> None:
+        host = config.broker.host
+        reach = "127.0.0.1" if host == "*" else host
+        told = {
+            "address": f"{reach}:{sockets.port}",
+            "events": f"tcp://{reach}:{sockets.events_port}",
+            "out": str(folder),
+        }
+        text = f"The broker listens at {host}:{sockets.port}; the run's folder is {folder}"
+        click.echo(json.dumps(told) if as_json else text)
+
+    outcome = run_broker(config, out, ready, attached)
+    click.echo(outcome.sentence, err=True)
+    return 0 if outcome.ok else 1
+
+
+def main() -> None:
+    """Entry point of `zsplit-broker`."""
+    broker(prog_name="zsplit-broker")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,207 @@
+"""What the broker publishes, made from what it knows: events numbered by topic, the last of each kept."""
+
+from collections.abc import Iterator
+
+import msgspec
+
+from zsplit.wire.events import (
+    AnyEvent,
+    BrokerEvent,
+    ClientEvent,
+    LogEvent,
+    RoundEvent,
+    RunEvent,
+    ServerEvent,
+    encode_event,
+    topic,
+)
+from zsplit.wire.messages import Evaluate, Held, Merge, Turn
+from zsplit_broker.events import Event, Joined, Lost, Stopped, Stored
+from zsplit_broker.router import Router, Session
+from zsplit_broker.scheduler import RoundRecord, Scheduler
+from zsplit_broker.tally import mean
+
+
+class Bulletin:
+    """Numbers events, keeps the last of each topic for those who subscribe later, and counts rates."""
+
+    def __init__(self, scheduler: Scheduler, router: Router, run: str, out: str) -> None:
+        self.scheduler = scheduler
+        self.router = router
+        self.run = run
+        self.out = out
+        self._seq: dict[str, int] = {}
+        self._last: dict[str, bytes] = {}
+        self._rate = (0.0, 0, 0)
+
+    def stamp(self, event: AnyEvent, time: float) -> tuple[bytes, bytes]:
+        """Number an event; return the message `(topic, body)`. `time` is in unix seconds."""
+        name = topic(event)
+        seq = self._seq[name] = self._seq.get(name, 0) + 1
+        body = self._last[name] = encode_event(msgspec.structs.replace(event, seq=seq, time=time))
+        return name.encode(), body
+
+    def replay(self, prefix: bytes) -> Iterator[tuple[bytes, bytes]]:
+        """Yield the last message of each topic that a subscription to `prefix` covers."""
+        for name, body in self._last.items():
+            if name.encode().startswith(prefix):
+                yield name.encode(), body
+
+    def state(self, now: float) -> Iterator[AnyEvent]:
+        """Yield the run and its peers as they stand; losses collected since the last call go along."""
+        yield self.run_event()
+        for session in list(self.router.sessions.values()):
+            yield self._client(session, now) if session.role == "client" else self._server(session, now)
+
+    def run_event(self) -> RunEvent:
+        """Return the run as it stands."""
+        scheduler, config = self.scheduler, self.scheduler.config
+        roles = [role for role, _ in scheduler.peers]
+        return RunEvent(
+            name=config.run.name,
+            run=self.run,
+            state=self._state(),
+            sentence=scheduler.outcome.sentence if scheduler.outcome else "",
+            policy=config.schedule.policy,
+            model=config.model.name,
+            data=config.data.name,
+            cut=scheduler.plan.cut,
+            round=len(scheduler.history),
+            rounds=config.run.rounds,
+            clients=config.schedule.clients,
+            joined=roles.count("client"),
+            servers=roles.count("server"),
+            version=scheduler.stored[-1] if scheduler.stored else "",
+            out=self.out,
+            seconds=scheduler.now,
+            test_accuracy=mean(scheduler.test.top1, scheduler.test.samples),
+        )
+
+    def _state(self) -> str:
+        outcome = self.scheduler.outcome
+        if outcome is not None:
+            return "finished" if outcome.ok else "failed"
+        names = {"initialising": "storing", "merging": "training", "testing": "evaluating"}
+        return names.get(self.scheduler.phase, self.scheduler.phase).replace("validating", "evaluating")
+
+    def round_event(self, record: RoundRecord) -> RoundEvent:
+        """Return a finished round's figures."""
+        train, validation = record.train, record.validation
+        return RoundEvent(
+            round=record.round + 1,
+            samples=train.samples,
+            steps=train.steps,
+            train_loss=mean(train.loss_sum, train.samples),
+            val_loss=mean(validation.loss_sum, validation.samples),
+            val_accuracy=mean(validation.top1, validation.samples),
+            val_top5=mean(validation.top5, validation.samples),
+            version=record.version,
+            seconds=record.seconds,
+        )
+
+    def logs(self, event: Event) -> Iterator[LogEvent]:
+        """Yield what a person wants to hear of an event."""
+        match event:
+            case Joined(role=role, index=index, prepared=prepared):
+                text = f"joined: {prepared.train} samples" if role == "client" else f"joined: {prepared.device}"
+                yield LogEvent(level="info", who=f"{role}.{index}", text=text)
+                yield from self._differences(event)
+            case Lost(role=role, index=index, sentence=sentence):
+                yield LogEvent(level="error", who=f"{role}.{index}", text=sentence)
+            case Stored(digest=digest):
+                yield LogEvent(level="info", who="broker", text=f"version {digest[:12]} is stored")
+            case Stopped(sentence=sentence):
+                yield LogEvent(level="error", who="broker", text=sentence)
+            case _:
+                pass
+
+    def _differences(self, joined: Joined) -> Iterator[LogEvent]:
+        """Warn where peers differ in what bit-identical results depend on."""
+        mine = joined.prepared
+        for (role, index), other in self.scheduler.peers.items():
+            theirs = other.prepared
+            if role == joined.role and index != joined.index and mine.threads != theirs.threads:
+                text = f"computes with {mine.threads} threads, {role} {index} with {theirs.threads}"
+            elif (mine.torch, mine.capability) != (theirs.torch, theirs.capability):
+                text = (
+                    f"has torch {mine.torch} on {mine.capability}, {role} {index} has torch {theirs.torch} "
+                    f"on {theirs.capability}"
+                )
+            else:
+                continue
+            text += ": results depend in their last bits on who computes"
+            yield LogEvent(level="warning", who=f"{joined.role}.{joined.index}", text=text)
+            return
+
+    def rates_due(self, now: float) -> bool:
+        """Whether the relay's rates were last asked for a second ago."""
+        return now - self._rate[0] >= 1
+
+    def rates(self, now: float, messages: int, size: int) -> BrokerEvent:
+        """Return the relay's rates since the last call."""
+        before, had, bytes_had = self._rate
+        self._rate = (now, messages, size)
+        elapsed = max(now - before, 1e-6)
+        return BrokerEvent(
+            messages_per_second=(messages - had) / elapsed,
+            bytes_per_second=(size - bytes_had) / elapsed,
+            messages=messages,
+            bytes=size,
+            dropped=self.router.dropped,
+            seconds=now,
+        )
+
+    def _client(self, session: Session, now: float) -> ClientEvent:
+        held = next((h for h in (session.beat.held if session.beat else ()) if h.state != "done"), None)
+        job = self._job(held)
+        losses, session.losses = tuple(session.losses), []
+        telemetry, prepared = session.telemetry, session.prepared
+        return ClientEvent(
+            index=session.index,
+            state=_verb(job) if prepared else "loading",
+            round=job.round + 1 if isinstance(job, Turn | Evaluate) else len(self.scheduler.history),
+            step=held.step if held else 0,
+            steps=job.first + job.count if isinstance(job, Turn) else 0,
+            loss=losses[-1] if losses else None,
+            losses=losses,
+            samples_per_second=telemetry.samples_per_second if telemetry else 0.0,
+            bytes_up=session.up,
+            bytes_down=session.down,
+            idle_share=telemetry.idle_share if telemetry else 0.0,
+            age=max(0.0, now - session.seen),
+            server=job.server if job else None,
+            host=session.host,
+            device=prepared.device if prepared else "",
+        )
+
+    def _server(self, session: Session, now: float) -> ServerEvent:
+        jobs = self.scheduler.jobs(session.peer)
+        telemetry, prepared = session.telemetry, session.prepared
+        return ServerEvent(
+            index=session.index,
+            state=_verb(jobs[0] if jobs else None) if prepared else "loading",
+            clients=tuple(job.client for job in jobs if isinstance(job, Turn | Evaluate)),
+            samples_per_second=telemetry.samples_per_second if telemetry else 0.0,
+            idle_share=telemetry.idle_share if telemetry else 0.0,
+            age=max(0.0, now - session.seen),
+            host=session.host,
+            device=prepared.device if prepared else "",
+        )
+
+    def _job(self, held: Held | None) -> Turn | Evaluate | None:
+        work = self.scheduler.work.get(held.lease) if held else None
+        return work.job if work and isinstance(work.job, Turn | Evaluate) else None
+
+
+def _verb(job: object) -> str:
+    match job:
+        case Turn():
+            return "training"
+        case Evaluate():
+            return "evaluating"
+        case Merge():
+            return "merging"
+        case None:
+            return "waiting"
+        case _:
+            return "initialising"

@@ -1,0 +1,120 @@
+"""What the scheduler is told and what it answers: plain records, journaled as JSON.
+
+Events are all that the scheduler ever learns, in the order of the journal, so that replaying them gives
+the same scheduler again. Instructions are what follows from an event; they are derived, never stored.
+"""
+
+from typing import Literal
+
+import msgspec
+
+from zsplit.wire.messages import Job, Lease, Prepared, Ref, Tally
+
+
+class Fact(msgspec.Struct, frozen=True, tag_field="event"):
+    """Base of the events."""
+
+
+class Started(Fact, frozen=True, tag="started"):
+    """A broker process took up the run: a new epoch, from which leases are numbered anew."""
+
+    epoch: int
+
+
+class Joined(Fact, frozen=True, tag="joined"):
+    """A peer has loaded its data (a client, with the sizes of its parts) or its model (a server)."""
+
+    role: Literal["client", "server"]
+    index: int
+    prepared: Prepared
+
+
+class Lost(Fact, frozen=True, tag="lost"):
+    """A peer is gone: silent, closed, failed or without progress; the sentence says which."""
+
+    role: Literal["client", "server"]
+    index: int
+    sentence: str
+
+
+class Ready(Fact, frozen=True, tag="ready"):
+    """The server of this lease has loaded the base version."""
+
+    lease: Lease
+
+
+class Done(Fact, frozen=True, tag="done"):
+    """One side of a lease has finished; `digest` is the state that it holds since."""
+
+    lease: Lease
+    side: Literal["client", "server"]
+    digest: str
+    tally: Tally
+
+
+class Stored(Fact, frozen=True, tag="stored"):
+    """A version is on the broker's disk: this line is its commit."""
+
+    digest: str
+
+
+class Stopped(Fact, frozen=True, tag="stopped"):
+    """The run is to end now, for the reason given."""
+
+    sentence: str
+
+
+Event = Started | Joined | Lost | Ready | Done | Stored | Stopped
+
+
+class Entry(msgspec.Struct, frozen=True):
+    """A line of the journal: an event and when it was taken in, in seconds since the run began."""
+
+    at: float
+    event: Event
+
+
+class Open(msgspec.Struct, frozen=True):
+    """Tell the job's server to load what it needs."""
+
+    job: Job
+
+
+class Grant(msgspec.Struct, frozen=True):
+    """Tell the job's client to begin."""
+
+    job: Job
+
+
+class Close(msgspec.Struct, frozen=True):
+    """The job is over, on both sides."""
+
+    job: Job
+
+
+class Store(msgspec.Struct, frozen=True):
+    """Pull this state from its holder and write it to disk."""
+
+    ref: Ref
+
+
+class Discard(msgspec.Struct, frozen=True):
+    """A stored version that nothing needs any more."""
+
+    digest: str
+
+
+class Announce(msgspec.Struct, frozen=True):
+    """A round is over; its record is the last of the scheduler's history."""
+
+    round: int
+
+
+class Finish(msgspec.Struct, frozen=True):
+    """The run is over."""
+
+    ok: bool
+    sentence: str
+
+
+Instruction = Open | Grant | Close | Store | Discard | Announce | Finish

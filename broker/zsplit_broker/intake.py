@@ -1,0 +1,53 @@
+"""Storing a version: pulled chunk by chunk from the peer that made it, written off the relay's thread."""
+
+from collections.abc import Iterator
+
+from zsplit.wire.manifest import Manifest
+from zsplit.wire.messages import Chunk, Lease, Pull, Ref
+from zsplit.wire.transfer import Fetch, Sink
+from zsplit_broker.versions import Draft, Versions, Writer
+
+NO_LEASE = Lease(0, 0)
+
+
+class Intake:
+    """One version on its way to the disk. Its `Writer` outcome, under the digest, says when it is there."""
+
+    def __init__(self, ref: Ref, run: str, versions: Versions, writer: Writer) -> None:
+        self.ref = ref
+        self._run = run
+        self._versions = versions
+        self._writer = writer
+        self._draft: Draft | None = None
+        self._fetch = Fetch(ref.digest, self._open)
+        self._committing = False
+
+    def pulls(self) -> Iterator[Pull]:
+        """Yield what to ask the holder for now."""
+        for piece in self._fetch.want():
+            yield Pull(
+                self._run,
+                "",
+                NO_LEASE,
+                self.ref.holder,
+                self.ref.digest,
+                piece.offset,
+                piece.length,
+                piece.what,
+                "broker",
+            )
+
+    def take(self, chunk: Chunk, data: memoryview) -> None:
+        """Take a chunk in. Raises RemoteProtocolError for one that was not asked for or is damaged."""
+        self._fetch.take(chunk.offset, data)
+        if self._fetch.done and self._draft is not None and not self._committing:
+            self._committing = True
+            self._writer.submit(self.ref.digest, self._draft.commit)
+
+    def _open(self, manifest: Manifest) -> Sink:
+        draft = self._draft = self._versions.begin(manifest)
+
+        def write(offset: int, data: memoryview) -> None:
+            self._writer.submit("", lambda: draft.write(offset, data))
+
+        return write

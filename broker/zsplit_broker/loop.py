@@ -1,0 +1,359 @@
+"""The broker's shell: sockets, poller, clock. Every decision is made in the cores that it feeds.
+
+One turn of the loop: wait, take what came in, relay tensors at once, collect what is news, write the news
+to the journal (one fsync for all of it), let the scheduler follow from it, and tell the peers whose
+orders changed.
+"""
+
+import contextlib
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import msgspec
+import zmq
+
+from zsplit.config import Config
+from zsplit.errors import RemoteProtocolError
+from zsplit.wire import messages
+from zsplit.wire.events import AnyEvent
+from zsplit.wire.frames import (
+    MAX_FRAMES,
+    check_frames,
+    decode_control,
+    decode_data,
+    encode,
+    protocol_of,
+)
+from zsplit.wire.messages import (
+    PROTOCOL,
+    Beat,
+    Bye,
+    Chunk,
+    ControlMessage,
+    DataMessage,
+    Evaluate,
+    Fault,
+    Hello,
+    Job,
+    Refused,
+    Telemetry,
+    Turn,
+)
+from zsplit.wire.wake import Wake
+from zsplit_broker import record
+from zsplit_broker.bulletin import Bulletin
+from zsplit_broker.events import (
+    Announce,
+    Close,
+    Discard,
+    Entry,
+    Event,
+    Finish,
+    Grant,
+    Instruction,
+    Open,
+    Started,
+    Stopped,
+    Store,
+    Stored,
+)
+from zsplit_broker.intake import Intake
+from zsplit_broker.journal import Journal
+from zsplit_broker.router import BROKER, Router, refuse_protocol
+from zsplit_broker.scheduler import Peer, Scheduler
+from zsplit_broker.sockets import Sockets
+from zsplit_broker.versions import Versions, Writer
+
+DRAIN = 64
+"""Messages taken from one socket before the others have their turn."""
+
+PUBLISH_SECONDS = 0.25
+"""How often the state of the run and its peers is published."""
+
+UNKNOWN_SESSION = "the broker does not know this session any more: start the peer again"
+
+FAREWELL_SECONDS = 2.0
+"""How long the broker waits, at the end, for its peers to leave."""
+
+
+class Broker:
+    """One run's broker: `serve` runs it to its end."""
+
+    def __init__(self, config: Config, run: str, folder: Path, journal: Journal, sockets: Sockets) -> None:
+        self.config = config
+        self.run = run
+        self.folder = folder
+        self.journal = journal
+        self.scheduler = Scheduler(config)
+        self.router = Router(config, self.scheduler, run, (sockets.data_port, sockets.events_port))
+        self.bulletin = Bulletin(self.scheduler, self.router, run, str(folder))
+        self.versions = Versions(folder / "versions")
+        self.control, self.data, self.events = sockets.control, sockets.data, sockets.events
+        self.wake = Wake()
+        self.writer = Writer(self.wake.set)
+        self.poller = zmq.Poller()
+        for source in (self.control, self.data, self.events, self.wake.fd):
+            self.poller.register(source, zmq.POLLIN)
+        self.news: list[Event] = []
+        self.intakes: dict[str, Intake] = {}
+        self.relayed = self.relayed_bytes = 0
+        self.stopping = ""
+        self._born = time.monotonic()
+        self._next_tick = self._next_publish = 0.0
+
+    # Start and end
+
+    def serve(self) -> Finish:
+        """Run until the run is over; return how it ended. A call to `stop` ends it early."""
+        self._take([Started(1)])
+        while self.scheduler.outcome is None:
+            self._turn(0.1)
+        self._conclude(self.scheduler.outcome)
+        return self.scheduler.outcome
+
+    def stop(self, sentence: str) -> None:
+        """End the run at the next turn of the loop; safe to call from a signal handler."""
+        self.stopping = sentence
+        self.wake.set()
+
+    def close(self) -> None:
+        """End the writer's thread; sockets and journal belong to whoever made them."""
+        self.writer.close()
+        self.wake.close()
+
+    def _conclude(self, outcome: Finish) -> None:
+        """Export the model, write the summary, send everybody home."""
+        if outcome.ok:
+            digest = self.scheduler.stored[-1]
+            self.versions.export(digest, self.folder / "model.safetensors")
+        record.write_summary(self.folder, record.summarise(self.scheduler, self.run, self.folder))
+        self._publish(self.bulletin.state(self.now()))
+        self.router.finish = messages.Finish(ok=outcome.ok, sentence=outcome.sentence)
+        self._tell(None)
+        until = time.monotonic() + FAREWELL_SECONDS
+        while self.router.sessions and time.monotonic() < until:
+            self._turn(0.05)
+
+    def now(self) -> float:
+        """Return seconds since the run began."""
+        return time.monotonic() - self._born
+
+    # One turn of the loop
+
+    def _turn(self, timeout: float) -> None:
+        ready = dict(self.poller.poll(int(timeout * 1000)))
+        if self.data in ready:
+            self._drain(self._relay)
+        if self.control in ready:
+            self._drain(self._control)
+        if self.events in ready:
+            self._drain(self._subscription)
+        if self.wake.fd in ready:
+            self.wake.clear()
+            self._written()
+        self._clock()
+        if self.news:
+            news, self.news = self.news, []
+            self._take(news)
+
+    def _drain(self, take: Callable[[], None]) -> None:
+        with contextlib.suppress(zmq.Again):
+            for _ in range(DRAIN):
+                take()
+
+    def _clock(self) -> None:
+        now = self.now()
+        if self.stopping:
+            self.news.append(Stopped(self.stopping))
+            self.stopping = ""
+        if now >= self._next_tick:
+            self._next_tick = now + self.config.link.beat_seconds / 2
+            self.news += self.router.tick(now)
+        if now >= self._next_publish:
+            self._next_publish = now + PUBLISH_SECONDS
+            self._publish(self.bulletin.state(now))
+            if self.bulletin.rates_due(now):
+                self._publish([self.bulletin.rates(now, self.relayed, self.relayed_bytes)])
+
+    def _take(self, news: list[Event]) -> None:
+        """Journal the news, then do what follows from it."""
+        entries = [Entry(self.now(), event) for event in news]
+        self.journal.append([msgspec.json.encode(entry) for entry in entries])
+        touched: set[Peer] = set()
+        for entry in entries:
+            for instruction in self.scheduler.handle(entry):
+                touched |= self._do(instruction)
+            self._publish(self.bulletin.logs(entry.event))
+        self._tell(touched)
+
+    def _tell(self, peers: set[Peer] | None) -> None:
+        """Send their orders to those of the peers (or of all) whose orders changed."""
+        for session in list(self.router.changed(peers)):
+            self._send(session.control, self.router.orders(session, now=self.now()))
+
+    # Instructions
+
+    def _do(self, instruction: Instruction) -> set[Peer]:
+        """Carry an instruction out; return the peers whose orders it may have changed."""
+        match instruction:
+            case Open(job):
+                return {("server", job.server)}
+            case Grant(job):
+                return parties(job)
+            case Close(job):
+                self.router.forget(job.lease)
+                return parties(job)
+            case Store(ref):
+                self.intakes[ref.digest] = Intake(ref, self.run, self.versions, self.writer)
+                self._pull(self.intakes[ref.digest])
+            case Discard(digest):
+                self.writer.submit("", lambda: self.versions.delete(digest))
+            case Announce():
+                event = self.bulletin.round_event(self.scheduler.history[-1])
+                self._publish([event])
+                record.append_metrics(self.folder, event)
+            case Finish():
+                pass  # ends the loop in `serve`
+        return set()
+
+    def _publish(self, events: Iterable[AnyEvent]) -> None:
+        for event in events:
+            self.events.send_multipart(self.bulletin.stamp(event, time.time()))
+
+    def _subscription(self) -> None:
+        """Somebody subscribed: send the last value of each topic again."""
+        frame = self.events.recv(zmq.NOBLOCK)
+        if frame[:1] == b"\x01":
+            for message in self.bulletin.replay(frame[1:]):
+                self.events.send_multipart(message)
+
+    # Control
+
+    def _control(self) -> None:
+        sender, *frames = self.control.recv_multipart(zmq.NOBLOCK)
+        header = frames[0] if len(frames) == 1 else b""
+        try:
+            message = decode_control(header)
+        except RemoteProtocolError:
+            self._undecodable(sender, header)
+            return
+        now = self.now()
+        match message:
+            case Hello():
+                for reply in self.router.hello(sender, message, now):
+                    self._send(reply.to, reply.message)
+            case Beat():
+                self.news += self.router.control(message, sender, now)
+                self._answer(message, sender, now)
+            case Telemetry() | Fault() | Bye():
+                self.news += self.router.control(message, sender, now)
+            case _:
+                self.router.dropped += 1
+
+    def _answer(self, beat: Beat, sender: bytes, now: float) -> None:
+        """Take the beat's news in at once, so that the answer already follows from it."""
+        news, self.news = self.news, []
+        if news:
+            self._take(news)
+        session = self.router.session(beat.session)
+        if session is not None and session.control == sender:
+            self._send(sender, self.router.orders(session, beat.sent, now))
+        elif session is None:
+            self._send(sender, Refused(sentence=UNKNOWN_SESSION))
+
+    def _undecodable(self, sender: bytes, header: bytes) -> None:
+        self.router.dropped += 1
+        theirs = protocol_of(header)
+        if theirs is not None and theirs != PROTOCOL:
+            self._send(sender, Refused(sentence=refuse_protocol(theirs), code=2))
+
+    def _send(self, to: bytes, message: ControlMessage) -> None:
+        try:
+            self.control.send_multipart([to, encode(message)], zmq.NOBLOCK)
+        except zmq.Again:
+            self.router.dropped += 1  # the next beat mends it
+        except zmq.ZMQError as error:
+            if error.errno != zmq.EHOSTUNREACH:
+                raise
+            self.news += self.router.unreachable(to)
+
+    # Data
+
+    def _relay(self) -> None:
+        """Take one data message and pass it on: ids and headers are copied, tensors only referred to."""
+        data = self.data
+        sender = data.recv(zmq.NOBLOCK)
+        header = data.recv() if data.getsockopt(zmq.RCVMORE) else b""
+        frames: list[zmq.Frame] = []
+        more = data.getsockopt(zmq.RCVMORE)
+        while more:
+            frame = data.recv(copy=False)
+            if len(frames) < MAX_FRAMES:
+                frames.append(frame)
+            more = frame.more
+        sizes = [len(frame) for frame in frames]
+        try:
+            message = decode_data(header)
+            check_frames(message, sizes)
+        except RemoteProtocolError:
+            self.router.dropped += 1
+            return
+        route = self.router.route(sender, message, sum(sizes) + len(header))
+        if route is None:
+            self.router.dropped += 1
+        elif route.to == BROKER:
+            self._store(message, frames)
+        else:
+            self._forward(route.to, header if route.message is None else encode(route.message), frames)
+            self.relayed += 1
+            self.relayed_bytes += sum(sizes) + len(header)
+
+    def _forward(self, to: bytes, header: bytes, frames: list[zmq.Frame]) -> None:
+        try:
+            self.data.send(to, zmq.SNDMORE | zmq.NOBLOCK)
+        except zmq.ZMQError as error:
+            if error.errno not in (zmq.EHOSTUNREACH, zmq.EAGAIN):
+                raise
+            self.router.dropped += 1
+            return
+        if not frames:
+            self.data.send(header)
+            return
+        self.data.send(header, zmq.SNDMORE)
+        for frame in frames[:-1]:
+            self.data.send(frame, zmq.SNDMORE, copy=False)
+        self.data.send(frames[-1], copy=False)
+
+    # Storing
+
+    def _pull(self, intake: Intake) -> None:
+        holder = self.router.data_of(intake.ref.holder)
+        if holder is not None:
+            for pull in intake.pulls():
+                self._forward(holder, encode(pull), [])
+
+    def _store(self, message: DataMessage, frames: list[zmq.Frame]) -> None:
+        intake = self.intakes.get(message.digest) if isinstance(message, Chunk) else None
+        if intake is None or not isinstance(message, Chunk):
+            return
+        try:
+            intake.take(message, memoryview(frames[0].buffer) if frames else memoryview(b""))
+        except RemoteProtocolError as error:
+            self.stop(f"the version from {intake.ref.holder} cannot be stored: {error}")
+        self._pull(intake)
+
+    def _written(self) -> None:
+        """Collect what the writer finished: a digest is a version on disk, an error ends the run."""
+        for outcome in self.writer.finished():
+            if outcome.error is not None:
+                self.stopping = str(outcome.error)
+            elif outcome.key:
+                del self.intakes[outcome.key]
+                self.news.append(Stored(outcome.key))
+
+
+def parties(job: Job) -> set[Peer]:
+    """Return the peers that a job concerns."""
+    peers: set[Peer] = {("server", job.server)}
+    return peers | {("client", job.client)} if isinstance(job, Turn | Evaluate) else peers

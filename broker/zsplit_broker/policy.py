@@ -1,0 +1,58 @@
+"""Policies as data: a round is a list of stages, and a stage is the turns that may run side by side.
+
+After each stage the contributions of its turns are merged into the next version: one is joined to it
+(round-robin hands the front on), several are averaged (parallel split learning). A round can be printed:
+
+    >>> print(picture(stages_of(config, 0, {0: 3, 1: 2})))
+    stage 0   client 0: steps 0 to 2
+    stage 1   client 1: steps 0 to 1
+"""
+
+from collections.abc import Mapping, Sequence
+from random import Random
+from typing import NamedTuple
+
+from zsplit.config import Config
+from zsplit.seeds import derive
+
+
+class Share(NamedTuple):
+    """One client's part of a stage: its steps `first … first + steps - 1` of the round."""
+
+    client: int
+    first: int
+    steps: int
+
+
+Stage = tuple[Share, ...]
+
+
+def participants(config: Config, round_: int) -> list[int]:
+    """Return the clients of this round, in order: all, or a sample drawn for the round (SplitFed, FedAvg)."""
+    everyone = range(config.schedule.clients)
+    size = config.schedule.clients_per_round
+    if not size:
+        return list(everyone)
+    return sorted(Random(derive(config.run.seed, "sample", round_)).sample(everyone, size))  # noqa: S311
+
+
+def stages_of(config: Config, round_: int, steps: Mapping[int, int]) -> list[Stage]:
+    """Return the round's stages. `steps` is the number of steps that each client has in a round."""
+    clients = participants(config, round_)
+    if config.schedule.policy == "round_robin":
+        return [(Share(client, 0, steps[client]),) for client in clients]
+    longest = max(steps[client] for client in clients)
+    length = config.schedule.aggregate_every if config.schedule.aggregate_every > 0 else longest
+    return [
+        tuple(Share(client, first, min(length, steps[client] - first)) for client in clients if steps[client] > first)
+        for first in range(0, longest, length)
+    ]
+
+
+def picture(stages: Sequence[Stage]) -> str:
+    """Return the stages as text, one line each."""
+    return "\n".join(
+        f"stage {number}   "
+        + "   ".join(f"client {s.client}: steps {s.first} to {s.first + s.steps - 1}" for s in stage)
+        for number, stage in enumerate(stages)
+    )

@@ -1,0 +1,50 @@
+"""The broker as a process: a folder, a journal, sockets, signals."""
+
+import os
+import secrets
+import shutil
+import signal
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from threading import Thread
+
+from zsplit.config import Config
+from zsplit_broker.events import Finish
+from zsplit_broker.journal import Journal
+from zsplit_broker.loop import Broker
+from zsplit_broker.record import choose_folder, create_folder
+from zsplit_broker.sockets import Sockets, bound
+
+
+def run_broker(config: Config, out: str | None, ready: Callable[[Sockets, Path], None], attached: bool) -> Finish:
+    """Run a broker to the end of its run. `ready` is called with its sockets and folder once it listens.
+
+    `attached`: the end of the standard input stops it, so that it cannot outlive whoever started it. A run that
+    never began leaves no folder behind.
+
+    Raises ConfigError where the folder exists or a port is taken, StorageError where it cannot write.
+    """
+    folder = choose_folder(config, out)
+    run = secrets.token_hex(4)
+    with ExitStack() as stack:
+        sockets = stack.enter_context(bound(config))
+        create_folder(folder, config)
+        journal = stack.enter_context(Journal.open(folder, {"run": run}))
+        broker = Broker(config, run, folder, journal, sockets)
+        stack.callback(broker.close)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda n, _: broker.stop(f"stopped by {signal.Signals(n).name}"))
+        if attached:
+            Thread(target=_stop_at_end_of_input, args=(broker,), daemon=True).start()
+        ready(sockets, folder)
+        outcome = broker.serve()
+    if broker.scheduler.version is None:
+        shutil.rmtree(folder)
+    return outcome
+
+
+def _stop_at_end_of_input(broker: Broker) -> None:
+    while os.read(0, 4096):
+        pass
+    broker.stop("whoever started the broker is gone")

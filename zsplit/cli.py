@@ -1,0 +1,239 @@
+"""The command line: it knows everybody, and puts them together. An error is one sentence, never a traceback."""
+
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from zsplit.config import keys, load_config
+from zsplit.errors import ConfigError, RunFailedError, ZsplitError
+from zsplit_broker.__main__ import broker
+
+if TYPE_CHECKING:
+    from zsplit.launch import Place, Result
+    from zsplit.model import CutPoint
+    from zsplit.monitor.subscribe import View
+
+DEFAULT_BROKER = "127.0.0.1:5757"
+
+config_argument = click.argument("config", required=False, type=click.Path(path_type=Path))
+set_option = click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Set a key; repeatable.")
+broker_option = click.option(
+    "--broker", "address", default=DEFAULT_BROKER, metavar="HOST:PORT", show_default=True, help="The run's broker."
+)
+device_option = click.option(
+    "--device", default="", metavar="DEVICE", help="auto, cpu, cuda:0 or mps; the config's otherwise."
+)
+connect_option = click.option(
+    "--connect-seconds", default=60.0, show_default=True, help="How long to go on trying to reach the broker."
+)
+json_option = click.option("--json", "as_json", is_flag=True, help="Answer in JSON.")
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.option("--debug", is_flag=True, help="Show tracebacks.")
+@click.version_option(package_name="zsplit")
+def cli(debug: bool) -> None:
+    """Split learning over ZeroMQ: one model, trained across machines that may not share their data.
+
+    `zsplit run` trains on this machine. On many: `zsplit broker` on one, `zsplit server` where the GPU is,
+    `zsplit client -i N` where the data are.
+    """
+
+
+cli.add_command(broker, "broker")
+
+
+@cli.command()
+@config_argument
+@set_option
+@click.option("--out", help="The run's folder; it must not exist yet.  [default: runs/NAME-N]")
+@click.option("--no-monitor", is_flag=True, help="Plain lines in the place of the live screen.")
+@device_option
+@json_option
+def run(
+    config: Path | None, overrides: tuple[str, ...], out: str | None, no_monitor: bool, device: str, as_json: bool
+) -> None:
+    """Train on this machine: start a broker, a server and all clients of CONFIG (none: the digits demo)."""
+    from zsplit.launch import Interrupted, run_here
+
+    try:
+        result = run_here(
+            load_config(config, overrides), out, device=device, watch=_watcher(no_monitor or as_json, as_json)
+        )
+    except Interrupted as stopped:
+        click.echo(f"Stopped. {stopped.result.sentence}.", err=True)
+        sys.exit(1)
+    if as_json:
+        click.echo(json.dumps(result.summary, indent=2))
+    else:
+        _print_result(result)
+    if not result.ok:
+        raise RunFailedError(result.sentence)
+
+
+@cli.command()
+@broker_option
+@device_option
+@connect_option
+def server(address: str, device: str, connect_seconds: float) -> None:
+    """Keep the back of the model and compute on it, for all clients."""
+    from zsplit.train.peer import run_server
+
+    click.echo(run_server(address, device, say=say, connect_seconds=connect_seconds), err=True)
+
+
+@cli.command()
+@click.option("-i", "--index", default=-1, help="Which client this is, from 0.  [default: the next free one]")
+@broker_option
+@device_option
+@connect_option
+def client(index: int, address: str, device: str, connect_seconds: float) -> None:
+    """Keep a share of the data and the front of the model, and train when it is its turn."""
+    from zsplit.train.peer import run_client
+
+    click.echo(run_client(address, index, device, say=say, connect_seconds=connect_seconds), err=True)
+
+
+@cli.command()
+@broker_option
+@connect_option
+@click.option("--no-live", is_flag=True, help="Plain lines in the place of the live screen.")
+def monitor(address: str, connect_seconds: float, no_live: bool) -> None:
+    """Watch a run. Attaches and detaches at any time; the run does not notice."""
+    from zsplit.monitor.attach import events_of
+    from zsplit.monitor.subscribe import watch
+
+    endpoint = events_of(address, connect_seconds, say)
+    last = watch(endpoint, _view(endpoint, no_live))
+    if last is None or last.state not in ("finished", "failed"):
+        raise ZsplitError(f"The broker at {address} has fallen silent: is it still running?")
+
+
+@cli.command()
+@click.argument("model")
+@click.option("--input", "shape", metavar="CxHxW", help="Shape of a sample, e.g. 3x32x32.  [default: the model's]")
+@click.option("--num-classes", default=10, show_default=True, help="Number of outputs.")
+@json_option
+def cuts(model: str, shape: str | None, num_classes: int, as_json: bool) -> None:
+    """List every place where MODEL can be cut."""
+    import torch
+
+    from zsplit.model import cut_points, zoo
+
+    sizes = _shape(shape) if shape else zoo.default_input(model)
+    points = cut_points(zoo.build(model, num_classes, 0, sizes), torch.zeros(2, *sizes))
+    if as_json:
+        click.echo(json.dumps([_cut_fields(point) for point in points], indent=2))
+    else:
+        _print_cuts(model, sizes, points)
+
+
+@cli.command("config")
+@json_option
+def config_command(as_json: bool) -> None:
+    """Print every key of a config, with its type, default and what it does."""
+    if as_json:
+        click.echo(json.dumps([key._asdict() for key in keys()], indent=2, default=str))
+        return
+    for key in keys():
+        click.echo(f"{key.key} = {key.default}    ({key.type})\n    {key.doc}")
+
+
+def _watcher(plain: bool, to_stderr: bool) -> "Callable[[Place, Callable[[], bool]], object]":
+    def watch_run(place: "Place", still_on: Callable[[], bool]) -> object:
+        from zsplit.monitor.subscribe import watch
+
+        return watch(place.events, _view(place.events, plain, to_stderr), poll=still_on)
+
+    return watch_run
+
+
+def _view(endpoint: str, plain: bool, to_stderr: bool = False) -> "View":
+    """Return the live screen on a terminal, plain lines elsewhere or where they are asked for."""
+    from rich.console import Console
+
+    from zsplit.monitor.views import view_for
+
+    return view_for(Console(stderr=to_stderr), endpoint, plain=plain)
+
+
+def say(sentence: str) -> None:
+    """Tell the person at this terminal; stdout is for results."""
+    click.echo(sentence, err=True)
+
+
+def _print_result(result: "Result") -> None:
+    """Print what a person wants to know first, and where the rest lies."""
+    summary = result.summary
+    accuracies = {name: summary.get(f"{name}_accuracy") for name in ("val", "test")}
+    figures = [f"{name} accuracy {100 * value:.2f} %" for name, value in accuracies.items() if value is not None]
+    if summary.get("steps"):
+        up, down = (summary["bytes"][way] / 1e6 for way in ("up", "down"))
+        figures += [
+            f"{summary['rounds']} rounds, {summary['steps']} steps in {summary['seconds']:.1f} s",
+            f"{up:.1f} MB up, {down:.1f} MB down",
+        ]
+    click.echo("\n".join(figures))
+    click.echo(f"Everything is in {result.folder}" if summary else result.sentence)
+    if summary.get("model_file"):
+        click.echo(f"The merged model is {summary['model_file']}")
+
+
+def _shape(text: str) -> tuple[int, ...]:
+    parts = text.lower().split("x")
+    if not all(part.isdigit() and int(part) for part in parts):
+        raise ConfigError(f"{text!r} is no shape: give it as channels, height and width, such as 3x32x32.")
+    return tuple(int(part) for part in parts)
+
+
+FIELDS = ["index", "name", "shape", "bytes_per_sample", "front_params", "back_params", "front_flops", "back_flops"]
+
+
+def _cut_fields(point: "CutPoint") -> dict[str, object]:
+    return {name: getattr(point, name) for name in FIELDS}
+
+
+def _print_cuts(model: str, shape: Sequence[int], points: "Sequence[CutPoint]") -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    title = f"{model}, input {'x'.join(map(str, shape))}: {len(points)} places to cut"
+    table = Table(title=title, caption="FLOPs of a forward pass of one sample; a multiply-add counts as two")
+    for column in (
+        "index",
+        "name",
+        "shape",
+        "bytes/sample",
+        "front params",
+        "back params",
+        "front FLOPs",
+        "back FLOPs",
+    ):
+        table.add_column(column, justify="left" if column in ("name", "shape") else "right")
+    for point in points:
+        counts = point.bytes_per_sample, point.front_params, point.back_params, point.front_flops, point.back_flops
+        size = "x".join(map(str, point.shape))
+        table.add_row(str(point.index), point.name, size, *(f"{count:,}" for count in counts))
+    Console().print(table)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry point of `zsplit`: exit code 0 is success, 2 a usage or config error, 1 everything else."""
+    debug = "--debug" in (arguments if arguments is not None else sys.argv[1:])
+    try:
+        cli(arguments, prog_name="zsplit", standalone_mode=False)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except (click.Abort, KeyboardInterrupt):
+        click.echo("zsplit: interrupted.", err=True)
+        sys.exit(130)
+    except ZsplitError as error:
+        if debug:
+            raise
+        click.echo(f"zsplit: {str(error).rstrip('.')}.", err=True)
+        sys.exit(error.exit_code)

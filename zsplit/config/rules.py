@@ -1,0 +1,81 @@
+"""Combinations that cannot be: each rule yields sentences with the keys, what was found and the way out."""
+
+from collections.abc import Iterator
+
+from zsplit.config.keys import as_toml
+from zsplit.config.sections import BrokerSection, LinkSection, RunSection, ScheduleSection, TrainSection
+
+LAST_PORT = 65535
+
+
+def in_training(train: TrainSection) -> Iterator[str]:
+    """Optimizer and batches."""
+    if train.optimizer != "sgd" and train.momentum:
+        yield (
+            f"train.momentum = {train.momentum} means nothing under "
+            f"train.optimizer = {as_toml(train.optimizer)}: "
+            'leave it out, or set train.optimizer = "sgd".'
+        )
+    if train.nesterov and not train.momentum:
+        yield (
+            'train.nesterov = true needs train.optimizer = "sgd" and train.momentum above 0: set both, or leave it out.'
+        )
+    if train.micro_batches > train.batch_size:
+        yield (
+            f"train.micro_batches = {train.micro_batches} would leave slices without a sample: "
+            f"with train.batch_size = {train.batch_size} the largest is {train.batch_size}."
+        )
+
+
+def in_schedule(schedule: ScheduleSection, run: RunSection) -> Iterator[str]:
+    """Policy and what belongs to one policy only."""
+    policy = as_toml(schedule.policy)
+    if schedule.clients_per_round > schedule.clients:
+        yield (
+            f"schedule.clients_per_round = {schedule.clients_per_round} is more than there are: "
+            f"with schedule.clients = {schedule.clients} the largest is {schedule.clients}."
+        )
+    if schedule.aggregate_every == 0:
+        yield (
+            "schedule.aggregate_every = 0 is no number of steps: set 1 or more, or -1 for the end of the local epochs."
+        )
+    if schedule.policy != "parallel" and schedule.aggregate_every != -1:
+        yield (
+            f"schedule.aggregate_every = {schedule.aggregate_every} means nothing under "
+            f"schedule.policy = {policy}: "
+            'leave it out, or set schedule.policy = "parallel".'
+        )
+    if schedule.policy != "round_robin" and run.commit_every:
+        yield (
+            f"run.commit_every = {run.commit_every} means nothing under schedule.policy = {policy}: "
+            'leave it out, or set schedule.policy = "round_robin".'
+        )
+
+
+def in_link(link: LinkSection) -> Iterator[str]:
+    """Beats and what is counted in them."""
+    if link.beat_seconds >= link.lease_seconds / 2:
+        yield (
+            f"link.beat_seconds = {link.beat_seconds} is too long for link.lease_seconds = "
+            f"{link.lease_seconds}, where a late beat ends the lease: set it below {link.lease_seconds / 2}."
+        )
+    if 0 < link.progress_seconds <= link.beat_seconds:
+        yield (
+            f"link.progress_seconds = {link.progress_seconds} is too short, since beats carry the progress: "
+            f"set it above link.beat_seconds = {link.beat_seconds}, or to 0."
+        )
+
+
+def in_ports(broker: BrokerSection) -> Iterator[str]:
+    """The three ports; where one is any that is free, there is nothing to say before it is bound."""
+    ports = {
+        "broker.port": broker.port,
+        "broker.data_port": broker.data_port or (broker.port and broker.port + 1),
+        "broker.events_port": broker.events_port or (broker.port and broker.port + 2),
+    }
+    fixed = [port for port in ports.values() if port]
+    shown = ", ".join(f"{key} = {port}" for key, port in ports.items())
+    if max(ports.values()) > LAST_PORT:
+        yield f"No port is above {LAST_PORT} ({shown}): lower broker.port to {LAST_PORT - 2} or set all."
+    if len(set(fixed)) < len(fixed):
+        yield f"The broker needs three different ports ({shown}): change one of them."

@@ -1,0 +1,170 @@
+"""Every key of the config, declared once: name, type, limits, default and one line of what it does.
+
+Validation, `zsplit config`, the table in `docs/config.md` and the error sentences are all made from this.
+"""
+
+from typing import Annotated, Literal
+
+import msgspec
+from msgspec import Meta
+
+Dataset = Literal["digits", "mnist", "cifar10", "imagefolder", "own"]
+Partition = Literal["iid"]
+Optimizer = Literal["sgd", "adam", "adamw"]
+Policy = Literal["parallel", "round_robin"]
+Weighting = Literal["samples", "uniform"]
+OptimizerState = Literal["carry", "reset", "local"]
+ServerModel = Literal["replica"]
+Codec = Literal["raw"]
+
+Count = Annotated[int, Meta(ge=1)]
+CountOr0 = Annotated[int, Meta(ge=0)]
+PortOr0 = Annotated[int, Meta(ge=0, le=65535)]
+Fraction = Annotated[float, Meta(ge=0, lt=1)]
+Size = Annotated[float, Meta(ge=0)]
+Seconds = Annotated[float, Meta(gt=0)]
+# The title is what the error sentence and the docs say in place of the pattern.
+FolderName = Annotated[str, Meta(pattern=r"^\w[\w.-]*$", title="name of letters, digits, `_`, `-` and `.`")]
+Device = Annotated[
+    str, Meta(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$", title='"auto" or "cpu" or "mps" or "cuda" or "cuda:N"')
+]
+
+
+def _is(description: str) -> Meta:
+    return Meta(description=description)
+
+
+class Section(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One table of the config file."""
+
+
+class RunSection(Section, frozen=True):
+    """What the run is called, how long it lasts, what it keeps."""
+
+    name: Annotated[FolderName, _is("what the run is called; part of its folder's name")] = "digits"
+    seed: Annotated[CountOr0, _is("everything random in the run follows from it")] = 0
+    rounds: Annotated[Count, _is("how often every (sampled) client trains its local epochs")] = 12
+    out: Annotated[str, _is("the run's folder; empty: `runs/NAME-N` with the first N that is free")] = ""
+    eval_every: Annotated[CountOr0, _is("rounds between evaluations; 0: only at the end")] = 1
+    commit_every: Annotated[CountOr0, _is("turns between versions within a round (round-robin); 0: none")] = 0
+    deterministic: Annotated[bool, _is("every peer uses torch's deterministic algorithms only")] = False
+
+
+class ModelSection(Section, frozen=True):
+    """The network and where it is cut."""
+
+    name: Annotated[str, _is("`digits/cnn`, or one of torchvision's classification models")] = "digits/cnn"
+    num_classes: Annotated[Count, _is("number of outputs")] = 10
+    cut: Annotated[str | CountOr0, _is("a name or index from `zsplit cuts`; empty: the model's own choice")] = ""
+    input: Annotated[tuple[Count, ...], _is("shape of a sample, channels first; empty: as the data")] = ()
+
+
+class DataSection(Section, frozen=True):
+    """The samples and who has which."""
+
+    name: Annotated[Dataset, _is("the dataset; `own`: objects that a Python script hands over")] = "digits"
+    path: Annotated[str, _is("folder with the dataset's files on each client; `~` is the home folder")] = ""
+    partition: Annotated[Partition, _is("how the training samples are dealt out to the clients")] = "iid"
+    val_fraction: Annotated[Fraction, _is("share of each client's samples that is kept for validation")] = 0.1
+
+
+class TrainSection(Section, frozen=True):
+    """One client's training."""
+
+    batch_size: Annotated[Count, _is("samples in a mini-batch; the last one of an epoch may be shorter")] = 32
+    optimizer: Annotated[Optimizer, _is("the update rule on both sides of the cut")] = "sgd"
+    lr: Annotated[Size, _is("learning rate")] = 0.05
+    client_lr: Annotated[Size | None, _is("learning rate of the front; unset: `train.lr`")] = None
+    server_lr: Annotated[Size | None, _is("learning rate of the back; unset: `train.lr`")] = None
+    momentum: Annotated[Fraction, _is("momentum of `sgd`; under another optimizer it is 0 when unset")] = 0.9
+    weight_decay: Annotated[Size, _is("L2 penalty (`sgd`, `adam`) or decoupled decay (`adamw`)")] = 0.0
+    nesterov: Annotated[bool, _is("Nesterov's momentum (`sgd`)")] = False
+    local_epochs: Annotated[Count, _is("passes of a client over its samples in each round")] = 1
+    micro_batches: Annotated[Count, _is("slices that a mini-batch is cut into")] = 1
+    clip_norm: Annotated[Size, _is("largest norm of the gradient over both sides of the cut; 0: any")] = 0.0
+
+    @property
+    def client_rate(self) -> float:
+        """The learning rate of the front."""
+        return self.lr if self.client_lr is None else self.client_lr
+
+    @property
+    def server_rate(self) -> float:
+        """The learning rate of the back."""
+        return self.lr if self.server_lr is None else self.server_lr
+
+
+class ScheduleSection(Section, frozen=True):
+    """Who trains when, and how the results are joined."""
+
+    policy: Annotated[Policy, _is("clients train at once and are averaged, or in turn")] = "parallel"
+    clients: Annotated[Count, _is("number of clients; their indexes start at 0")] = 4
+    clients_per_round: Annotated[CountOr0, _is("clients drawn for each round; 0: all")] = 0
+    aggregate_every: Annotated[
+        int, Meta(ge=-1), _is("steps between aggregations (parallel); -1: at the end of the local epochs")
+    ] = -1
+    weighting: Annotated[Weighting, _is("what weighs in the average (parallel)")] = "samples"
+    optimizer_state: Annotated[
+        OptimizerState, _is("optimizer buffers are handed on and averaged, made anew, or kept by each peer")
+    ] = "carry"
+    server_model: Annotated[ServerModel, _is("`replica`: one back for each client (parallel)")] = "replica"
+
+
+class CodecSection(Section, frozen=True):
+    """How tensors become bytes."""
+
+    up: Annotated[Codec, _is("codec of the smashed data")] = "raw"
+    down: Annotated[Codec, _is("codec of their gradients")] = "raw"
+
+
+class LinkSection(Section, frozen=True):
+    """The connections between peers and broker."""
+
+    lease_seconds: Annotated[Seconds, _is("a peer that is silent for so long is lost")] = 10.0
+    beat_seconds: Annotated[Seconds, _is("time between a peer's signs of life")] = 1.0
+    progress_seconds: Annotated[Size, _is("a peer with a turn and no progress for so long is lost; 0: off")] = 0.0
+
+
+class PlanSection(Section, frozen=True):
+    """How computing and sending overlap."""
+
+    window: Annotated[CountOr0, _is("micro-batches in flight at once; 0: all of the step")] = 0
+
+
+class BrokerSection(Section, frozen=True):
+    """Where the broker listens."""
+
+    host: Annotated[str, Meta(min_length=1), _is("address to bind; `*`: every interface")] = "127.0.0.1"
+    port: Annotated[PortOr0, _is("control port, the one that peers are told; 0: any that is free")] = 5757
+    data_port: Annotated[PortOr0, _is("port of the tensors; 0: `broker.port` + 1")] = 0
+    events_port: Annotated[PortOr0, _is("port of the events; 0: `broker.port` + 2")] = 0
+    max_message_mb: Annotated[Count, _is("largest frame that is accepted, in MiB")] = 1024
+
+
+class ServerSection(Section, frozen=True):
+    """The servers' machines."""
+
+    threads: Annotated[CountOr0, _is("threads that compute on a server; 0: torch's default")] = 0
+    device: Annotated[Device, _is("device of the back; `auto`: a GPU if there is one")] = "auto"
+
+
+class ClientSection(Section, frozen=True):
+    """The clients' machines."""
+
+    threads: Annotated[CountOr0, _is("threads that compute on a client; 0: torch's default")] = 0
+    device: Annotated[Device, _is("device of the front; `auto`: a GPU if there is one")] = "auto"
+
+
+SECTIONS: dict[str, type[Section]] = {
+    "run": RunSection,
+    "model": ModelSection,
+    "data": DataSection,
+    "train": TrainSection,
+    "schedule": ScheduleSection,
+    "codec": CodecSection,
+    "link": LinkSection,
+    "plan": PlanSection,
+    "broker": BrokerSection,
+    "server": ServerSection,
+    "client": ClientSection,
+}

@@ -1,0 +1,142 @@
+"""Which samples a client has, and which of them make up a batch: functions of the seed, never of the past.
+
+Every client computes its own part, and a batch is found from round and step alone, so a replay may start in the
+middle of a round.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from zsplit.config import Config
+from zsplit.data.images import Data, gather
+from zsplit.errors import ConfigError
+from zsplit.seeds import derive
+
+Part = Literal["train", "validation", "test"]
+
+
+def iid(config: Config, n_samples: int) -> list[Tensor]:
+    """Return the samples in random order, cut into parts whose sizes differ by one at most."""
+    order = _permutation(n_samples, config.run.seed, "partition")
+    return list(order.tensor_split(config.schedule.clients))
+
+
+PARTITIONS: dict[str, Callable[[Config, int], list[Tensor]]] = {"iid": iid}
+
+
+def shards(config: Config, n_samples: int) -> list[Tensor]:
+    """Return the indices of each client's training samples, in the order that the partition gives them.
+
+    Raises `ConfigError` where a client is left without a sample.
+    """
+    parts = PARTITIONS[config.data.partition](config, n_samples)
+    for client, part in enumerate(parts):
+        if not len(part):
+            raise ConfigError(
+                f"schedule.clients = {len(parts)} leaves client {client} without a sample: there are "
+                f"{n_samples} training samples, take {n_samples} clients at most."
+            )
+    return parts
+
+
+class ClientData:
+    """The part of the data that client `index` trains, validates and tests on, and its batches.
+
+    `indices` holds the positions in the training set (`train`, `validation`) and in the test set (`test`).
+    Raises `ConfigError` where there is no such client, it has no sample, or `model.num_classes` is too small.
+    """
+
+    def __init__(self, config: Config, index: int, data: Data) -> None:
+        clients = config.schedule.clients
+        if not 0 <= index < clients:
+            raise ConfigError(
+                f"There is no client {index}: with schedule.clients = {clients} they are 0 to {clients - 1}."
+            )
+        _check_classes(config, data)
+        self.index, self._config, self._data = index, config, data
+        train, validation = self._split(shards(config, len(data.train))[index])
+        test = torch.arange(len(data.test)).tensor_split(clients)[index]
+        self.indices: dict[Part, Tensor] = {"train": train, "validation": validation, "test": test}
+        self._order: tuple[tuple[int, int], Tensor] | None = None
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Mini-batches in one pass over the training samples, the short last one among them."""
+        return self.batches("train")
+
+    @property
+    def steps_per_round(self) -> int:
+        """Steps of a whole turn: all local epochs."""
+        return self.steps_per_epoch * self._config.train.local_epochs
+
+    def size(self, part: Part) -> int:
+        """Return the number of samples."""
+        return len(self.indices[part])
+
+    def batches(self, part: Part) -> int:
+        """Return the number of batches of `train.batch_size` that the part makes up."""
+        return math.ceil(self.size(part) / self._config.train.batch_size)
+
+    def train_batch(self, round: int, step: int) -> tuple[Tensor, Tensor]:
+        """Return the mini-batch of a step, counted over all local epochs: x of shape (B, …), y of shape (B,).
+
+        Raises `IndexError` for a step that the round does not have.
+        """
+        if not 0 <= step < self.steps_per_round:
+            raise IndexError(f"step {step} of a round of {self.steps_per_round} steps")
+        epoch, position = divmod(step, self.steps_per_epoch)
+        return self._gather("train", self._epoch_order(round, epoch), position)
+
+    def eval_batches(self, part: Literal["validation", "test"]) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield the part's batches in fixed order."""
+        for position in range(self.batches(part)):
+            yield self._gather(part, self.indices[part], position)
+
+    def _split(self, shard: Tensor) -> tuple[Tensor, Tensor]:
+        n_validation = math.floor(self._config.data.val_fraction * len(shard))
+        order = _permutation(len(shard), self._config.run.seed, "validation", self.index)
+        return shard[order[n_validation:]], shard[order[:n_validation]]
+
+    def _epoch_order(self, round: int, epoch: int) -> Tensor:
+        # Read once: another thread may be fetching for another epoch.
+        known = self._order
+        if known is None or known[0] != (round, epoch):
+            train = self.indices["train"]
+            order = _permutation(len(train), self._config.run.seed, "order", self.index, round, epoch)
+            known = self._order = ((round, epoch), train[order])
+        return known[1]
+
+    def _gather(self, part: Part, indices: Tensor, position: int) -> tuple[Tensor, Tensor]:
+        size = self._config.train.batch_size
+        dataset = self._data.test if part == "test" else self._data.train
+        x, y = gather(dataset, indices[position * size : (position + 1) * size])
+        _check_labels(self._config, y)
+        return x, y
+
+
+def _permutation(n: int, seed: int, purpose: str, *parts: int) -> Tensor:
+    return torch.randperm(n, generator=torch.Generator().manual_seed(derive(seed, purpose, *parts)))
+
+
+def _check_classes(config: Config, data: Data) -> None:
+    found, outputs = data.classes, config.model.num_classes
+    if found is not None and found > outputs:
+        raise ConfigError(
+            f"model.num_classes = {outputs} is too small, the data has {found} classes: "
+            f"set model.num_classes = {found}."
+        )
+
+
+def _check_labels(config: Config, labels: Tensor) -> None:
+    lowest, highest = (int(each) for each in labels.aminmax())
+    if lowest < 0:
+        raise ConfigError(f"The data has the label {lowest}: number its classes from 0.")
+    if highest >= config.model.num_classes:
+        raise ConfigError(
+            f"model.num_classes = {config.model.num_classes} is too small, the data has the label {highest}: "
+            f"set model.num_classes to {highest + 1} or more."
+        )

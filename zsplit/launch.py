@@ -1,0 +1,245 @@
+"""A whole run on this machine: the broker, a server and the clients, as the processes they always are.
+
+The broker is a program of its own; the torch side is forked from one process that has torch loaded, which
+saves seconds of importing for each. None of them outlives this process: the broker reads the end of its
+input, the others watch their parent.
+"""
+
+import contextlib
+import json
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from threading import Thread
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import msgspec
+
+from zsplit.config import Config, to_toml
+from zsplit.errors import RunFailedError, ZsplitError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from zsplit.data import Data
+
+STOP_SECONDS = 2.0
+"""How long processes have to leave once they were told to; then they are killed."""
+
+
+class Place(NamedTuple):
+    """Where a run is: the broker's address, what it publishes, its folder."""
+
+    address: str
+    events: str
+    folder: Path
+
+
+class Result(NamedTuple):
+    """How a run ended, and its `summary.json` (empty where it never began)."""
+
+    ok: bool
+    sentence: str
+    folder: Path
+    summary: dict[str, Any]
+
+
+class Peer(NamedTuple):
+    """A child process and the pipe through which it says how it ended."""
+
+    name: str
+    process: Any
+    ending: Connection
+
+
+def run_here(
+    config: Config,
+    out: str | None = None,
+    model: "nn.Module | None" = None,
+    data: "Data | None" = None,
+    device: str = "",
+    watch: Callable[[Place, Callable[[], bool]], object] | None = None,
+) -> Result:
+    """Run to the end on this machine; return how it went.
+
+    `watch` is called once the processes have been started, with a function that says whether the run is still
+    on, and shows it until then. Ctrl-C (KeyboardInterrupt) stops everything and is raised again.
+    Raises ZsplitError where a process cannot start.
+    """
+    config = share_cores(config)
+    with _broker(config, out) as (process, place):
+        peers = list(_peers(config, place, model, data, device))
+        try:
+            if watch is not None:
+                watch(place, lambda: process.poll() is None and _failure(peers) is None)
+            failed = _wait(process, peers)
+        except KeyboardInterrupt:
+            _stop(process, peers)
+            raise Interrupted(_result(process, place)) from None
+        _stop(process, peers)
+        if failed is not None and not place.folder.exists():
+            raise failed
+        return _result(process, place)
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C stopped the run; `result` says what was kept."""
+
+    def __init__(self, result: Result) -> None:
+        super().__init__(result.sentence)
+        self.result = result
+
+
+def share_cores(config: Config) -> Config:
+    """Return the config with this machine's cores dealt out to the processes that compute at the same time."""
+    busy = 1 + (config.schedule.clients if config.schedule.policy == "parallel" else 1)
+    share = max(1, (os.cpu_count() or 1) // busy)
+    replace = msgspec.structs.replace
+    return replace(
+        config,
+        server=replace(config.server, threads=config.server.threads or share),
+        client=replace(config.client, threads=config.client.threads or share),
+    )
+
+
+@contextlib.contextmanager
+def _broker(config: Config, out: str | None) -> Iterator[tuple["subprocess.Popen[str]", Place]]:
+    """Start the broker; yield it and where it is once it listens. Raises ZsplitError where it does not start."""
+    with tempfile.NamedTemporaryFile("w", suffix=".toml") as file:
+        file.write(to_toml(config))
+        file.flush()
+        command = [sys.executable, "-m", "zsplit_broker", file.name, "--json", "--attached"]
+        process = subprocess.Popen(  # noqa: S603  (our own program)
+            command + (["--out", out] if out else []),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,  # Ctrl-C is ours to pass on
+        )
+        assert process.stdout is not None
+        line = process.stdout.readline()
+    if not line:
+        raise _broker_error(process)
+    told = json.loads(line)
+    try:
+        yield process, Place(told["address"], told["events"], Path(told["out"]))
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def _broker_error(process: "subprocess.Popen[str]") -> ZsplitError:
+    _, errors = process.communicate()
+    sentence = errors.strip().rpartition("\n")[2].removeprefix("zsplit broker: ")
+    error = ZsplitError(sentence or "The broker did not start.")
+    error.exit_code = process.returncode
+    return error
+
+
+def _peers(config: Config, place: Place, model: "nn.Module | None", data: "Data | None", device: str) -> Iterator[Peer]:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["zsplit.train.peer"])
+    logs = place.folder / "logs"
+    logs.mkdir(exist_ok=True)
+    for role, index in [("server", 0), *(("client", i) for i in range(config.schedule.clients))]:
+        name = f"{role} {index}"
+        ours, theirs = context.Pipe(duplex=False)
+        arguments = (role, index, place.address, device, model, data, logs / f"{role}-{index}.log", theirs)
+        process = context.Process(target=_live, args=arguments, name=f"zsplit {name}", daemon=True)
+        process.start()
+        theirs.close()
+        yield Peer(name, process, ours)
+
+
+def _live(
+    role: str,
+    index: int,
+    address: str,
+    device: str,
+    model: "nn.Module | None",
+    data: "Data | None",
+    log: Path,
+    ending: Connection,
+) -> None:
+    """The life of a child: its words go to its log, and how it ended to the parent."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    Thread(target=_die_with_parent, daemon=True).start()
+    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    from zsplit.train.peer import run_client, run_server
+
+    try:
+        if role == "server":
+            run_server(address, device, model, data.shape if data else None)
+        else:
+            run_client(address, index, device, model, data)
+    except ZsplitError as error:
+        ending.send((error.exit_code, str(error)))
+        sys.exit(error.exit_code)
+    ending.send((0, ""))
+
+
+def _die_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        wait([parent.sentinel])
+        os._exit(1)
+
+
+def _failure(peers: list[Peer]) -> ZsplitError | None:
+    """Return why a peer ended early, if one did."""
+    for peer in peers:
+        if peer.process.exitcode in (None, 0):
+            continue
+        code, sentence = 1, f"it died with exit code {peer.process.exitcode}"
+        with contextlib.suppress(EOFError):
+            if peer.ending.poll():
+                code, sentence = peer.ending.recv()
+        error = RunFailedError(f"{peer.name.capitalize()}: {sentence}")
+        error.exit_code = code
+        return error
+    return None
+
+
+def _wait(process: "subprocess.Popen[str]", peers: list[Peer]) -> ZsplitError | None:
+    """Wait until the broker has ended, or a peer failed before the run could begin."""
+    assert process.stdout is not None
+    waiting = [peer.process.sentinel for peer in peers]
+    while process.poll() is None:
+        wait([process.stdout.fileno(), *waiting])  # the broker's output ends with it
+        if (failed := _failure(peers)) is not None:
+            return failed
+        waiting = [peer.process.sentinel for peer in peers if peer.process.exitcode is None]
+        if not waiting:
+            process.wait()
+    return None
+
+
+def _stop(process: "subprocess.Popen[str]", peers: list[Peer]) -> None:
+    """Tell the broker to end the run, give everybody a moment, and kill who is still there."""
+    until = time.monotonic() + STOP_SECONDS
+    if process.poll() is None:
+        process.terminate()
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(STOP_SECONDS)
+    for peer in peers:
+        peer.process.join(max(0.0, until - time.monotonic()))
+        if peer.process.exitcode is None:
+            peer.process.kill()
+            peer.process.join()
+
+
+def _result(process: "subprocess.Popen[str]", place: Place) -> Result:
+    file = place.folder / "summary.json"
+    summary = json.loads(file.read_text()) if file.exists() else {}
+    sentence = summary.get("sentence", "The run never began, and nothing was kept.")
+    return Result(process.returncode == 0, sentence, place.folder, summary)

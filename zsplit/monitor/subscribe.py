@@ -1,0 +1,164 @@
+"""The monitor's shell towards the broker: sockets and the clock. It asks where the events are, then only listens.
+
+It runs in the caller's thread until the run has ended, and nothing waits for it: a monitor that comes late is
+sent the last value of each topic, one that goes is not missed.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from math import ceil, inf
+from time import monotonic
+from types import TracebackType
+from typing import Protocol, Self
+from uuid import uuid4
+
+import zmq
+
+from zsplit.errors import ConfigError, LinkError, RemoteProtocolError, ZsplitError
+from zsplit.monitor import figures
+from zsplit.monitor.board import SCHEMA, Board
+from zsplit.wire.events import AnyEvent, RunEvent
+from zsplit.wire.frames import MAX_CONTROL, decode_control, encode
+from zsplit.wire.messages import PROTOCOL, Hello, Refused, Welcome
+
+Socket = zmq.Socket[bytes]
+
+RETRY = 0.3
+"""Seconds after which a hello that nobody answered is said again."""
+
+REFRESH = 0.25
+"""Seconds between two pictures, and the longest that `poll` waits for its turn."""
+
+SILENCE = 15.0
+"""Seconds after which a broker that says nothing is taken for gone: it publishes its rates every second."""
+
+LINGER = 0.25
+"""Seconds for which a run that has ended is listened to: a late monitor gets the last values in any order."""
+
+WAITING = 10_000
+"""Messages that may wait in the socket while the terminal is held up; later ones are lost: a gap in `seq`."""
+
+HEARTBEAT = 2000
+"""Milliseconds between pings, so that a connection that died without a word is made anew."""
+
+
+class View(Protocol):
+    """Where a board is shown: entered before the first event, left after the last."""
+
+    def __enter__(self) -> Self:
+        """Begin."""
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None, /
+    ) -> None:
+        """End, and leave the terminal as it was."""
+
+    def take(self, event: AnyEvent) -> None:
+        """Show one new event, which the board has taken already."""
+
+    def show(self, board: Board, now: float) -> None:
+        """Show the board as it stands; called every `REFRESH` seconds and at the end."""
+
+
+def events_of(address: str, patience: float) -> str:
+    """Ask the broker at `HOST:PORT`, its control port, for the endpoint of its events; return that.
+
+    Raises LinkError for an impossible address or when nobody answers within `patience` seconds, and what a refusal
+    says as LinkError or, where this monitor does not fit the broker, as ConfigError.
+    """
+    hello = encode(Hello(protocol=PROTOCOL, role="monitor", instance=uuid4().hex))
+    until = monotonic() + patience
+    with _connected(zmq.DEALER, f"tcp://{address}") as socket:
+        while (left := until - monotonic()) > 0:
+            if socket.poll(0, zmq.POLLOUT):
+                socket.send(hello, zmq.NOBLOCK)
+            if socket.poll(ceil(1000 * min(left, RETRY))):
+                answer = decode_control(socket.recv())
+                if isinstance(answer, Welcome):
+                    return f"tcp://{address.rpartition(':')[0]}:{answer.events_port}"
+                if isinstance(answer, Refused):
+                    raise (ConfigError if answer.code == ConfigError.exit_code else LinkError)(answer.sentence)
+    raise LinkError(
+        f"no broker answered at {address} within {figures.seconds(patience)}: "
+        "start one there (zsplit broker), or give its address with --broker HOST:PORT"
+    )
+
+
+def watch(
+    endpoint: str,
+    view: View,
+    *,
+    poll: Callable[[], bool] = lambda: True,
+    silence: float = SILENCE,
+    patience: float = inf,
+) -> RunEvent | None:
+    """Show the run that is published at a zmq endpoint until it has ended; return its last run event.
+
+    It ends sooner when `poll`, called every `REFRESH` seconds in this thread, returns False, or when nothing
+    came for `silence` seconds: the state of the returned event, or None where none came, tells which. Raises
+    LinkError for an impossible endpoint or when nothing at all came within `patience` seconds,
+    RemoteProtocolError when what came was no event. Whatever is raised, KeyboardInterrupt too, the view has
+    been left and the socket closed.
+    """
+    board = Board()
+    began = monotonic()
+    with _connected(zmq.SUB, endpoint) as socket, view:
+        while poll() and not board.ended and not _is_silent(board, silence):
+            if board.heard is None and monotonic() - began > patience:
+                raise _nothing(endpoint, board, patience)
+            view.show(board, monotonic())
+            _listen(socket, board, view, REFRESH)
+        if board.ended:
+            _listen(socket, board, view, LINGER)
+        view.show(board, monotonic())
+    return board.run
+
+
+@contextmanager
+def _connected(kind: int, endpoint: str) -> Iterator[Socket]:
+    """Connect a socket; nobody need be there yet, and who comes back is found again."""
+    with zmq.Context() as context, context.socket(kind) as socket:
+        socket.linger = 0
+        socket.ipv6 = "[" in endpoint
+        socket.heartbeat_ivl = HEARTBEAT
+        if kind == zmq.SUB:
+            socket.rcvhwm = WAITING
+            socket.subscribe(b"")
+        else:
+            socket.immediate = True  # a hello does not wait for a broker that is not there
+            socket.maxmsgsize = MAX_CONTROL
+        try:
+            socket.connect(endpoint)
+        except zmq.ZMQError as error:
+            raise LinkError(
+                f"{endpoint} is no address to connect to ({error}): give one like tcp://HOST:PORT"
+            ) from error
+        yield socket
+
+
+def _listen(socket: Socket, board: Board, view: View, duration: float) -> None:
+    """Take what comes within `duration` seconds."""
+    until = monotonic() + duration
+    while (left := until - monotonic()) > 0:
+        if not socket.poll(ceil(1000 * left)):
+            break
+        event = board.read(socket.recv_multipart(), monotonic())
+        if event is not None:
+            view.take(event)
+
+
+def _is_silent(board: Board, silence: float) -> bool:
+    return board.heard is not None and monotonic() - board.heard > silence
+
+
+def _nothing(endpoint: str, board: Board, patience: float) -> ZsplitError:
+    waited = figures.seconds(patience)
+    if board.unreadable:
+        return RemoteProtocolError(
+            f"What {endpoint} publishes cannot be read (this monitor reads events of version {SCHEMA}): "
+            "give the address of a broker of the same zsplit version"
+        )
+    return LinkError(
+        f"No broker published anything at {endpoint} within {waited}: start one with `zsplit broker`, "
+        "or name its address with --broker HOST:PORT"
+    )

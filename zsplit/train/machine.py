@@ -1,0 +1,43 @@
+"""This machine: device, threads, and what bit-identical results depend on."""
+
+import socket
+
+import torch
+
+from zsplit.config import Config
+from zsplit.errors import ConfigError
+from zsplit.wire.messages import Prepared
+
+
+def choose_device(asked: str) -> torch.device:
+    """Return the device; `auto` is a GPU where there is one. Raises ConfigError for one that is not there."""
+    if asked == "auto":
+        asked = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(asked)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(f"The device {asked!r} cannot be used on this machine: use --device auto or cpu.") from error
+    return device
+
+
+def set_up(config: Config, threads: int) -> None:
+    """Fix what the run wants fixed for the whole process: threads, deterministic algorithms."""
+    if threads:
+        torch.set_num_threads(threads)
+    torch.use_deterministic_algorithms(config.run.deterministic)
+
+
+def describe(device: torch.device, cut: str, train: int = 0, validation: int = 0, test: int = 0) -> Prepared:
+    """Return what this peer tells the broker once it is ready. Sizes in samples."""
+    return Prepared(
+        cut=cut,
+        train=train,
+        validation=validation,
+        test=test,
+        torch=torch.__version__,
+        capability=torch.backends.cpu.get_cpu_capability(),
+        threads=torch.get_num_threads(),
+        device=str(device),
+        host=socket.gethostname(),
+    )
