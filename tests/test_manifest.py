@@ -120,7 +120,7 @@ def test_chunks_cover_exactly_the_named_tensors_and_never_mix_kinds(manifest: Ma
         covered = [
             (min(last, offset + length) - max(first, offset), is_optimizer)
             for offset, length, is_optimizer in chunks
-            if offset < last and first < offset + length
+            if max(first, offset) < min(last, offset + length)
         ]
         assert sum(nbytes for nbytes, _ in covered) == (last - first if entry.name in wanted else 0)
         assert all(is_optimizer == entry.is_optimizer for _, is_optimizer in covered)

@@ -24,11 +24,12 @@ from rich.console import Console
 
 from zsplit.errors import ConfigError, LinkError, RemoteProtocolError
 from zsplit.monitor import figures
+from zsplit.monitor.attach import events_of
 from zsplit.monitor.board import LINES, LONGEST, ROUNDS, Board
 from zsplit.monitor.curve import Curve, draw
 from zsplit.monitor.lines import Lines
 from zsplit.monitor.screen import Block, allot, render
-from zsplit.monitor.subscribe import events_of, watch
+from zsplit.monitor.subscribe import watch
 from zsplit.monitor.views import LiveView, PlainView, view_for
 from zsplit.wire.events import (
     AnyEvent,
@@ -41,7 +42,8 @@ from zsplit.wire.events import (
     ServerEvent,
     encode_event,
     topic,
-)from zsplit.wire.frames import decode_control, encode
+)
+from zsplit.wire.frames import decode_control, encode
 from zsplit.wire.messages import ControlMessage, Refused, Welcome
 
 DOC = Path(__file__).parent.parent / "docs" / "monitor.md"
@@ -113,7 +115,11 @@ def screen(board: Board, width: int, height: int, now: float = 0.0) -> list[str]
     """Return the picture's lines as plain text."""
     console = Console(width=1000, file=io.StringIO(), color_system=None)
     console.print(render(board, width, height, now, ENDPOINT))
-    return console.file.getvalue().splitlines()  # type: ignore[attr-defined]
+    return written(console).splitlines()
+
+
+def written(console: Console) -> str:
+    return console.file.getvalue()  # type: ignore[attr-defined, no-any-return]
 
 
 # The board
@@ -194,7 +200,7 @@ def test_ages_and_elapsed_time_go_on_between_events_whatever_the_two_clocks_say(
 def test_the_elapsed_time_of_a_run_that_has_ended_stands_still() -> None:
     board = board_of(run_event(state="finished", seconds=30.0))
     assert board.ended
-    assert board.elapsed(1000.0) == 30.0
+    assert (board.elapsed(1000.0), board.progress()) == (30.0, 1.0)
 
 
 def test_progress_counts_rounds_and_the_steps_of_the_current_one_and_never_goes_back_within_it() -> None:
@@ -536,10 +542,6 @@ def plain() -> Console:
     return Console(file=io.StringIO(), force_terminal=False)
 
 
-def written(console: Console) -> str:
-    return console.file.getvalue()  # type: ignore[attr-defined, no-any-return]
-
-
 @pytest.mark.timeout(30)
 def test_a_run_is_followed_to_its_end_in_plain_lines(publisher: Publisher) -> None:
     console = plain()
@@ -651,24 +653,26 @@ def door(answer: ControlMessage) -> Iterator[str]:
 def test_the_broker_says_where_its_events_are() -> None:
     welcome = Welcome(session="", run="r1", index=-1, config=b"{}", data_port=7001, events_port=7002)
     with door(welcome) as address:
-        assert events_of(address, 20.0) == "tcp://127.0.0.1:7002"
+        assert events_of(address, 20.0, print) == "tcp://127.0.0.1:7002"
 
 
 @pytest.mark.timeout(30)
 @pytest.mark.parametrize(("code", "kind"), [(1, LinkError), (2, ConfigError)])
 def test_a_refusal_is_passed_on_with_its_sentence(code: int, kind: type[Exception]) -> None:
-    with door(Refused(sentence="wrong protocol", code=code)) as address, pytest.raises(kind, match="^wrong protocol$"):
-        events_of(address, 20.0)
+    with door(Refused(sentence="wrong protocol", code=code)) as address, pytest.raises(kind, match="wrong protocol"):
+        events_of(address, 20.0, print)
 
 
 @pytest.mark.timeout(30)
 def test_a_broker_that_does_not_answer_is_said_in_a_sentence() -> None:
+    said: list[str] = []
     with zmq.Context() as context, context.socket(zmq.ROUTER) as deaf:
         address = f"127.0.0.1:{deaf.bind_to_random_port('tcp://127.0.0.1')}"
         with pytest.raises(LinkError) as caught:
-            events_of(address, 0.1)
+            events_of(address, 0.1, said.append)
+    assert said == [f"No answer from a broker at {address} yet; trying for 0 s"]
     assert str(caught.value) == (
-        f"no broker answered at {address} within 0.1 s: "
+        f"No broker answered at {address} within 0.1 s: "
         "start one there (zsplit broker), or give its address with --broker HOST:PORT"
     )
 
@@ -766,7 +770,7 @@ def test_the_page_s_tables_are_the_schema_in_the_code() -> None:
 
 
 def test_every_topic_has_its_table() -> None:
-    published = [run_event(), broker(), round_event(1), client(7), server(7), log("x")]
+    published: list[AnyEvent] = [run_event(), broker(), round_event(1), client(7), server(7), log("x")]
     headings = {re.sub(r"\.\d+$", ".<index>", topic(event)) for event in published}
     assert headings == set(re.findall("### `(.*)`", event_tables()))
 

@@ -1,23 +1,23 @@
 """One side of a cut: a module that runs a stretch of the forward pass with the model's own modules."""
 
 from collections.abc import Callable, Collection, Mapping
+from operator import attrgetter
 
 from torch import Tensor, fx, nn
 
 from zsplit.model.passes import ForwardPass, Stretch
 from zsplit.model.randomness import seed_node
 
-CONSTANT = "_constant_"
-"""Prefix of the buffers in which a part keeps tensors that are not in the model's state."""
+Forward = Callable[["Part", Tensor], Tensor]
 
 
 class Part(nn.Module):
     """A front, a middle, a back or a tail: takes the smashed data (or the model's input) and gives the next.
 
-    Its parameters and modules are those of the model that it was made from, under the same names, not copies:
-    training the parts trains the model. `copy.deepcopy` gives an independent part. `train()` and `eval()` switch
-    between the two forward passes that were traced. The tensor that it takes is never changed in place. Not
-    to be pickled: weights travel as a `state_dict`.
+    Its parameters and modules are those of the model that it was made from, under the same names, and not
+    copies: training the parts trains the model. `copy.deepcopy` gives an independent part. `train()` and `eval()`
+    switch between the two forward passes that were traced. The tensor that it takes is never changed in
+    place. A part is not to be pickled: weights travel as a `state_dict`.
     """
 
     def __init__(
@@ -31,19 +31,21 @@ class Part(nn.Module):
         self.training = model.training
         self._adopt_modules(model, [node for stretch in stretches.values() for node in stretch.nodes])
         self._adopt_tensors(model, names)
-        self._forwards: dict[bool, Callable[[Part, Tensor], Tensor]] = {
-            mode: self._compile(passes[mode], stretch) for mode, stretch in stretches.items()
+        self._forwards: dict[bool, Forward] = {
+            mode: self._function(self._graph(names, model, passes[mode], stretch)) for mode, stretch in stretches.items()
         }
 
     def forward(self, x: Tensor) -> Tensor:
+        """Run the stretch in the mode that the part is in."""
         return self._forwards[self.training](self, x)
 
     def _adopt_modules(self, model: nn.Module, nodes: Collection[fx.Node]) -> None:
+        modules = dict(model.named_modules())
         # Shorter paths first: a module brings its children along.
-        for path in sorted({str(node.target) for node in nodes if node.op == "call_module"}, key=len):
+        for path in sorted({str(node.target) for node in nodes} & modules.keys(), key=len):
             home, name = self._home(path)
             if name not in home._modules:
-                home.add_module(name, model.get_submodule(path))
+                home.add_module(name, modules[path])
 
     def _adopt_tensors(self, model: nn.Module, names: Collection[str]) -> None:
         stored = model.state_dict().keys()
@@ -57,7 +59,7 @@ class Part(nn.Module):
                 home.register_buffer(name, buffers[path], persistent=path in stored)
 
     def _home(self, path: str) -> tuple[nn.Module, str]:
-        """Return the module under this part that holds what the path names, made where it lacks, and the last name."""
+        """Return the module in this part that holds what the path names, made where it lacks, and the last name."""
         home: nn.Module = self
         *atoms, name = path.split(".")
         for atom in atoms:
@@ -66,26 +68,35 @@ class Part(nn.Module):
             home = home.get_submodule(atom)
         return home, name
 
-    def _compile(self, forward_pass: ForwardPass, stretch: Stretch) -> Callable[["Part", Tensor], Tensor]:
-        graph = self._graph(forward_pass, stretch)
-        # The class that fx makes for the graph, for the sake of the function in it, which takes any such module.
-        return type(fx.GraphModule(self, graph)).forward
-
-    def _graph(self, forward_pass: ForwardPass, stretch: Stretch) -> fx.Graph:
+    def _graph(self, names: Collection[str], model: nn.Module, source: ForwardPass, stretch: Stretch) -> fx.Graph:
         graph = fx.Graph()
-        copies: dict[fx.Node, fx.Node] = {}
-        source = stretch.takes or forward_pass.nodes[0]
-        copies[source] = graph.placeholder("x")
-        if forward_pass.facts[source].changed:  # the sender still needs it, and a leaf cannot be changed in place
-            copies[source] = graph.call_method("clone", (copies[source],))
+        copies = {stretch.takes: graph.placeholder("x")}
+        if source.facts[stretch.takes].changed:  # the sender may need it, and autograd refuses to change its leaves
+            copies[stretch.takes] = graph.call_method("clone", (copies[stretch.takes],))
         for node in stretch.nodes:
             if node in copies:
                 continue
-            if forward_pass.facts[node].draws:
-                graph.call_function(seed_node, (forward_pass.names[node],))
+            if source.facts[node].draws:
+                graph.call_function(seed_node, (source.names[node],))
             copies[node] = graph.node_copy(node, copies.__getitem__)
             if node.op == "get_attr":
-                copies[node].target = self._constant(str(node.target), forward_pass)
+                copies[node].target = self._fetched(str(node.target), names, model, source)
         if stretch.gives is not None:
             graph.output(copies[stretch.gives])
         return graph
+
+    def _function(self, graph: fx.Graph) -> Forward:
+        # fx makes a class for each graph; the function in it takes any module that has what the graph names.
+        function: Forward = type(fx.GraphModule(self, graph)).forward
+        return function
+
+    def _fetched(self, path: str, names: Collection[str], model: nn.Module, source: ForwardPass) -> str:
+        """Return where in this part is what `path` names in the model; what is not in its state is kept in a buffer."""
+        if path in names or path in dict(self.named_modules()):
+            return path
+        constant = f"constant/{source.mode}/{path.replace('.', '/')}"
+        if constant not in self._buffers:
+            # Tensors that forward makes without its input are with the copy that was traced.
+            holder = model if hasattr(model, path.partition(".")[0]) else source.root
+            self.register_buffer(constant, attrgetter(path)(holder), persistent=False)
+        return constant

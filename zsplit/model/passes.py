@@ -2,7 +2,9 @@
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
+import torch
 from torch import Tensor, fx, nn
 
 from zsplit.model.observe import observe
@@ -12,25 +14,30 @@ from zsplit.model.tracer import follow, skeleton
 class Inventory:
     """The names of a model's parameters and buffers, in the order of its state_dict.
 
-    Tied tensors have several names, the first of which stands for all of them.
+    Tied tensors have several names, the first of which stands for all of them. Buffers that are not
+    persistent come last.
     """
 
     def __init__(self, model: nn.Module) -> None:
         tensors: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
         tensors |= dict(model.named_buffers(remove_duplicate=False))
-        self.stored = [name for name in model.state_dict() if name in tensors]
-        self._first: dict[int, str] = {}
-        self._main = {name: self._first.setdefault(id(tensors[name]), name) for name in self.stored}
-        self._main |= {name: self._first.setdefault(id(tensor), name) for name, tensor in tensors.items()}
-        self._elements = {self._main[name]: p.numel() for name, p in model.named_parameters()}
+        stored = [name for name in model.state_dict() if name in tensors]
+        first: dict[int, str] = {}
+        self._main = {name: first.setdefault(id(tensors[name]), name) for name in [*stored, *tensors]}
+        self._stored = frozenset(self._main[name] for name in stored)
+        self._elements = {self._main[name]: parameter.numel() for name, parameter in model.named_parameters()}
+        self._under: dict[str, set[str]] = {}
+        for name, main in self._main.items():
+            for path in accumulate(name.split("."), "{}.{}".format):
+                self._under.setdefault(path, set()).add(main)
 
     def under(self, path: str) -> frozenset[str]:
         """Return the tensors of a module, or the one tensor that the path names."""
-        return frozenset(main for name, main in self._main.items() if name == path or name.startswith(f"{path}."))
+        return frozenset(self._under.get(path, ()))
 
-    def is_stored(self, name: str) -> bool:
-        """Whether the state_dict holds the tensor: it does not hold buffers that are not persistent."""
-        return self._main.get(name, "") in self.stored
+    def stores(self, path: str) -> bool:
+        """Whether the path names a tensor that the state_dict holds."""
+        return self._main.get(path) in self._stored
 
     def deal(self, used: Sequence[Collection[str]]) -> list[list[str]]:
         """Return the names that go with each part, given the tensors that each uses; no tensor is in two of them.
@@ -40,9 +47,10 @@ class Inventory:
         shares: list[list[str]] = [[] for _ in used]
         owner = {main: part for part, mains in enumerate(used) for main in mains}
         part = 0
-        for name in dict.fromkeys([*self.stored, *(n for n, main in self._main.items() if main in owner)]):
-            part = owner.setdefault(self._main[name], part)
-            shares[part].append(name)
+        for name, main in self._main.items():
+            if main in owner or main in self._stored:
+                part = owner.setdefault(main, part)
+                shares[part].append(name)
         return shares
 
     def parameters(self, names: Collection[str]) -> int:
@@ -52,122 +60,125 @@ class Inventory:
 
 @dataclass(frozen=True)
 class Stretch:
-    """A part of a forward pass: its nodes in order, and the node whose value it takes and the one it gives.
+    """A part of a forward pass: its nodes in order, the node whose value it takes, and the one whose value it gives.
 
-    `takes` is None for the first part, whose input is the model's, `gives` for the last, whose output is.
+    The first part takes the model's input. The last gives the model's output: its `gives` is None.
     """
 
     nodes: tuple[fx.Node, ...]
-    takes: fx.Node | None
+    takes: fx.Node
     gives: fx.Node | None
 
 
 class ForwardPass:
     """The forward pass in one mode.
 
-    `nodes` are in the order of execution and `names` says what they are called; `facts` are what running
-    them on `batch` samples showed; `ends` maps each node whose value is at some place the only one that crosses
-    to the index of the last node before that place, in order. Values that do not depend on the input do not
-    count: whichever side needs them computes them. Raises PlanError for a model that cannot be traced or run.
+    `nodes` are in the order of execution, `names` says what they are called, and `facts` what running them on
+    `batch` samples showed. `places` are those where only one tensor crosses: the name of the node that made it,
+    and the index of the last node before the place. Values that do not depend on the input do not count as
+    crossing: whichever side needs them computes them. Raises PlanError for a model that cannot be traced or run.
     """
 
     def __init__(self, model: nn.Module, inventory: Inventory, example: Tensor, training: bool, batch: int) -> None:
-        self.root = skeleton(model, training)
         self.mode = "training" if training else "evaluation"
         self.batch = batch
+        self.root = skeleton(model, training)
         graph, self.names = follow(self.root)
         self.facts = observe(self.root, graph, example, batch)
         self.nodes: list[fx.Node] = list(graph.nodes)
-        self.result = self.nodes[-1].args[0]
         self._index = {node: i for i, node in enumerate(self.nodes)}
+        self._by_name = {self.names[node]: node for node in self.nodes}
         self._constants = self._find_constants()
-        self.crossing = self._find_crossing()
-        self.ends = self._find_ends()
+        self._crossing = self._find_crossing()
+        self.places = self._find_places()
+        self._changed = {str(node.target) for node in self.nodes if node.op == "get_attr" and self.facts[node].changed}
         self._reads = {node: self._find_reads(node, inventory) for node in self.nodes}
-        self._by_name = {name: node for node, name in self.names.items() if node in self._index}
 
-    def find(self, name: str) -> fx.Node | None:
-        """Return the node of this name."""
-        return self._by_name.get(name)
+    def position(self, name: str) -> int | None:
+        """Return where in the order of execution the node of this name stands, if there is one."""
+        node = self._by_name.get(name)
+        return None if node is None else self._index[node]
 
-    def position(self, node: fx.Node) -> int:
-        """Return the node's place in the order of execution."""
-        return self._index[node]
+    def stretch(self, takes: str | None, gives: str | None) -> Stretch:
+        """Return the part between two places, or one place and an end of the model.
 
-    def stretch(self, takes: fx.Node | None, gives: fx.Node | None) -> Stretch:
-        """Return the part between two cuts. Values that do not depend on the input are in each part that uses them."""
-        first = 0 if takes is None else self.ends[takes] + 1
-        behind = len(self.nodes) if gives is None else self.ends[gives] + 1
+        Values that do not depend on the input are computed in every part that uses them.
+        """
+        first = 0 if takes is None else self.places[takes] + 1
+        behind = len(self.nodes) if gives is None else self.places[gives] + 1
         members = {node for node in self.nodes[first:behind] if node not in self._constants or not node.users}
         for node in reversed(self._constants):
             if any(user in members for user in node.users):
                 members.add(node)
-        return Stretch(tuple(sorted(members, key=self.position)), takes, gives)
+        return Stretch(
+            nodes=tuple(sorted(members, key=self._index.__getitem__)),
+            takes=self.nodes[0] if takes is None else self._by_name[takes],
+            gives=None if gives is None else self._by_name[gives],
+        )
 
-    def reads(self, stretch: Stretch) -> frozenset[str]:
-        """Return the model's tensors that belong to a part, since it uses them."""
-        return frozenset().union(*(self._reads[node] for node in stretch.nodes))
+    def reads(self, stretch: Stretch) -> set[str]:
+        """Return the tensors of the model's state that a part uses, and buffers that forward changes."""
+        return {name for node in stretch.nodes for name in self._reads[node]}
 
     def flops(self, stretch: Stretch) -> int:
-        """Return the floating-point operations for one sample, forward."""
+        """Return a part's FLOPs for one sample, forward."""
         return sum(self.facts[node].flops for node in stretch.nodes) // self.batch
 
-    def sends_batch(self, node: fx.Node) -> bool:
-        """Whether the node's value is a floating-point tensor whose first dimension is the batch."""
-        fact = self.facts[node]
-        return fact.dtype is not None and fact.dtype.is_floating_point and bool(fact.shape) and fact.shape[0] == self.batch
+    def sample(self, name: str) -> tuple[tuple[int, ...], torch.dtype] | None:
+        """Return shape and dtype of one sample of a node's value, if it is a floating-point tensor with a batch."""
+        fact = self.facts[self._by_name[name]]
+        if fact.dtype is None or not fact.dtype.is_floating_point or not fact.shape or fact.shape[0] != self.batch:
+            return None
+        return fact.shape[1:], fact.dtype
 
     def obstacle(self, name: str) -> str:
-        """Return why there is no cut after the node of this name."""
+        """Return why no place is called like this node."""
         node = self._by_name.get(name)
         if node is None:
             return f"it does not run in {self.mode} mode"
+        if node.op in ("placeholder", "output") or self._is_result(node):
+            return f"it is the model's {'input' if node.op == 'placeholder' else 'output'}"
         if node in self._constants:
             return "it does not depend on the model's input"
-        if node.op == "placeholder":
-            return "it is the model's input"
-        if node is self.result:
-            return "it is the model's output"
-        crossing = self.crossing[node]
+        crossing = self._crossing[node]
         if node not in crossing:
-            return "its value is not used after it"
-        kind = "tensors" if all(self.facts[other].shape is not None for other in crossing) else "values"
+            return "its value is not used"
+        kind = "tensors" if all(self.facts[other].dtype is not None for other in crossing) else "values"
         return f"{len(crossing)} {kind} cross there ({', '.join(self.names[other] for other in crossing)})"
+
+    def _is_result(self, node: fx.Node) -> bool:
+        return node is self.nodes[-1].args[0]
 
     def _find_constants(self) -> dict[fx.Node, None]:
         """Return the nodes, in order, that use neither the input nor random numbers."""
         constants: dict[fx.Node, None] = {}
         for node in self.nodes:
-            fixed = node.op not in ("placeholder", "output") and all(other in constants for other in node.all_input_nodes)
+            fixed = node.op not in ("placeholder", "output") and all(one in constants for one in node.all_input_nodes)
             if fixed and not self.facts[node].draws:
                 constants[node] = None
         return constants
 
-    def _find_crossing(self) -> dict[fx.Node, tuple[fx.Node, ...]]:
-        """Return the nodes whose values are still needed after each node."""
-        crossing: dict[fx.Node, tuple[fx.Node, ...]] = {}
+    def _find_crossing(self) -> dict[fx.Node, list[fx.Node]]:
+        """Return the nodes whose values are still to be used after each node."""
+        crossing: dict[fx.Node, list[fx.Node]] = {}
         live: list[fx.Node] = []
         last = {node: max((self._index[user] for user in node.users), default=-1) for node in self.nodes}
         for i, node in enumerate(self.nodes):
             if node not in self._constants:
-                live = [other for other in (*live, node) if last[other] > i]
-                crossing[node] = tuple(live)
+                live = [one for one in (*live, node) if last[one] > i]
+                crossing[node] = live
         return crossing
 
-    def _find_ends(self) -> dict[fx.Node, int]:
-        ends: dict[fx.Node, int] = {}
-        for node, crossing in self.crossing.items():
-            if len(crossing) == 1 and crossing[0] is not self.result and crossing[0].op != "placeholder":
-                ends.setdefault(crossing[0], self._index[node])
-        return ends
+    def _find_places(self) -> dict[str, int]:
+        """Return the places inside the model; its input and its output, where one tensor crosses too, are not."""
+        places: dict[str, int] = {}
+        for node, crossing in self._crossing.items():
+            if len(crossing) == 1 and crossing[0].op != "placeholder" and not self._is_result(crossing[0]):
+                places.setdefault(self.names[crossing[0]], self._index[node])
+        return places
 
     def _find_reads(self, node: fx.Node, inventory: Inventory) -> frozenset[str]:
-        if node.op not in ("call_module", "get_attr"):
-            return frozenset()
-        if node.op == "get_attr" and not inventory.is_stored(str(node.target)) and not self._is_changed(node):
-            return frozenset()
-        return inventory.under(str(node.target))
-
-    def _is_changed(self, node: fx.Node) -> bool:
-        """Whether a later node changes the buffer that this one fetches."""
-        return self.facts[node].changed
+        path = str(node.target)
+        if node.op == "call_module" or (node.op == "get_attr" and (inventory.stores(path) or path in self._changed)):
+            return inventory.under(path)
+        return frozenset()

@@ -121,6 +121,8 @@ class Board:
         """Return the share of the run's rounds that is done, the steps of the current one included."""
         if self.run is None or self.run.rounds < 1:
             return 0.0
+        if self.run.state == "finished":
+            return 1.0
         parts = [part for number, part in self._parts.values() if number == self.run.round + 1]
         done = self.run.round + sum(parts) / max(1, self.run.clients, len(parts))
         return min(1.0, max(0.0, done / self.run.rounds))

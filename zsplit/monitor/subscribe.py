@@ -1,4 +1,4 @@
-"""The monitor's shell towards the broker: sockets and the clock. It asks where the events are, then only listens.
+"""The monitor's shell towards the broker: the socket and the clock. It listens and sends nothing.
 
 It runs in the caller's thread until the run has ended, and nothing waits for it: a monitor that comes late is
 sent the last value of each topic, one that goes is not missed.
@@ -10,21 +10,15 @@ from math import ceil, inf
 from time import monotonic
 from types import TracebackType
 from typing import Protocol, Self
-from uuid import uuid4
 
 import zmq
 
-from zsplit.errors import ConfigError, LinkError, RemoteProtocolError, ZsplitError
+from zsplit.errors import LinkError, RemoteProtocolError, ZsplitError
 from zsplit.monitor import figures
 from zsplit.monitor.board import SCHEMA, Board
 from zsplit.wire.events import AnyEvent, RunEvent
-from zsplit.wire.frames import MAX_CONTROL, decode_control, encode
-from zsplit.wire.messages import PROTOCOL, Hello, Refused, Welcome
 
 Socket = zmq.Socket[bytes]
-
-RETRY = 0.3
-"""Seconds after which a hello that nobody answered is said again."""
 
 REFRESH = 0.25
 """Seconds between two pictures, and the longest that `poll` waits for its turn."""
@@ -60,30 +54,6 @@ class View(Protocol):
         """Show the board as it stands; called every `REFRESH` seconds and at the end."""
 
 
-def events_of(address: str, patience: float) -> str:
-    """Ask the broker at `HOST:PORT`, its control port, for the endpoint of its events; return that.
-
-    Raises LinkError for an impossible address or when nobody answers within `patience` seconds, and what a refusal
-    says as LinkError or, where this monitor does not fit the broker, as ConfigError.
-    """
-    hello = encode(Hello(protocol=PROTOCOL, role="monitor", instance=uuid4().hex))
-    until = monotonic() + patience
-    with _connected(zmq.DEALER, f"tcp://{address}") as socket:
-        while (left := until - monotonic()) > 0:
-            if socket.poll(0, zmq.POLLOUT):
-                socket.send(hello, zmq.NOBLOCK)
-            if socket.poll(ceil(1000 * min(left, RETRY))):
-                answer = decode_control(socket.recv())
-                if isinstance(answer, Welcome):
-                    return f"tcp://{address.rpartition(':')[0]}:{answer.events_port}"
-                if isinstance(answer, Refused):
-                    raise (ConfigError if answer.code == ConfigError.exit_code else LinkError)(answer.sentence)
-    raise LinkError(
-        f"no broker answered at {address} within {figures.seconds(patience)}: "
-        "start one there (zsplit broker), or give its address with --broker HOST:PORT"
-    )
-
-
 def watch(
     endpoint: str,
     view: View,
@@ -102,7 +72,7 @@ def watch(
     """
     board = Board()
     began = monotonic()
-    with _connected(zmq.SUB, endpoint) as socket, view:
+    with _subscription(endpoint) as socket, view:
         while poll() and not board.ended and not _is_silent(board, silence):
             if board.heard is None and monotonic() - began > patience:
                 raise _nothing(endpoint, board, patience)
@@ -115,18 +85,14 @@ def watch(
 
 
 @contextmanager
-def _connected(kind: int, endpoint: str) -> Iterator[Socket]:
-    """Connect a socket; nobody need be there yet, and who comes back is found again."""
-    with zmq.Context() as context, context.socket(kind) as socket:
+def _subscription(endpoint: str) -> Iterator[Socket]:
+    """Connect to all topics; no broker need be there yet, and one that comes back is found again."""
+    with zmq.Context() as context, context.socket(zmq.SUB) as socket:
         socket.linger = 0
         socket.ipv6 = "[" in endpoint
         socket.heartbeat_ivl = HEARTBEAT
-        if kind == zmq.SUB:
-            socket.rcvhwm = WAITING
-            socket.subscribe(b"")
-        else:
-            socket.immediate = True  # a hello does not wait for a broker that is not there
-            socket.maxmsgsize = MAX_CONTROL
+        socket.rcvhwm = WAITING
+        socket.subscribe(b"")
         try:
             socket.connect(endpoint)
         except zmq.ZMQError as error:

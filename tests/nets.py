@@ -1,0 +1,62 @@
+"""Small networks for tests, importable by the processes that train them."""
+
+import torch
+from torch import Tensor, nn
+
+
+class Block(nn.Module):
+    """A residual block with BatchNorm, in-place ReLUs used twice, and dropout."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(channels)
+        self.relu = nn.ReLU(inplace=True)
+        self.drop = nn.Dropout(0.2)
+        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.drop(self.relu(self.bn1(self.conv1(x))))
+        return self.relu(self.conv2(y) + x)
+
+
+class SmallResidual(nn.Module):
+    """For 1x8x8 inputs and 10 classes; its random modules are `block.drop` and `drop`."""
+
+    RANDOM = ("block.drop", "drop")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(1, 4, 3, padding=1)
+        self.block = Block(4)
+        self.pool = nn.AdaptiveAvgPool2d(2)
+        self.flatten = nn.Flatten()
+        self.drop = nn.Dropout(0.3)
+        self.fc = nn.Linear(16, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.drop(self.flatten(self.pool(self.block(self.stem(x))))))
+
+
+class Plain(nn.Module):
+    """A small network with nothing special: 1x8x8 inputs, 10 classes."""
+
+    RANDOM = ()
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.flatten = nn.Flatten()
+        self.fc1 = nn.Linear(64, 12)
+        self.relu1 = nn.ReLU()
+        self.fc2 = nn.Linear(12, 12)
+        self.relu2 = nn.ReLU()
+        self.fc3 = nn.Linear(12, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc3(self.relu2(self.fc2(self.relu1(self.fc1(self.flatten(x))))))
+
+
+def images(count: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Return random images (count, 1, 8, 8) and labels of 10 classes."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(count, 1, 8, 8, generator=generator), torch.randint(10, (count,), generator=generator)
