@@ -108,7 +108,7 @@ def monitor(address: str, connect_seconds: float, no_live: bool) -> None:
     from zsplit.monitor.subscribe import watch
 
     endpoint = events_of(address, connect_seconds, say)
-    last = watch(endpoint, _view(endpoint, no_live))
+    last = watch(endpoint, _view(endpoint, no_live), patience=connect_seconds)
     if last is None or last.state not in ("finished", "failed"):
         raise ZsplitError(f"The broker at {address} has fallen silent: is it still running?")
 

@@ -34,6 +34,10 @@ STOP_SECONDS = 2.0
 """How long processes have to leave once they were told to; then they are killed."""
 
 
+NOTICE_SECONDS = 3.0
+"""How long the broker has to end a run one of whose peers failed; one that never began it does not end."""
+
+
 class Place(NamedTuple):
     """Where a run is: the broker's address, what it publishes, its folder."""
 
@@ -84,7 +88,7 @@ def run_here(
             _stop(process, peers)
             raise Interrupted(_result(process, place)) from None
         _stop(process, peers)
-        if failed is not None and not place.folder.exists():
+        if failed is not None:
             raise failed
         return _result(process, place)
 
@@ -185,6 +189,9 @@ def _live(
     except ZsplitError as error:
         ending.send((error.exit_code, str(error)))
         sys.exit(error.exit_code)
+    except Exception as error:
+        ending.send((1, f"it failed with {type(error).__name__}: {error} (the traceback is in {log})"))
+        raise
     ending.send((0, ""))
 
 
@@ -211,12 +218,15 @@ def _failure(peers: list[Peer]) -> ZsplitError | None:
 
 
 def _wait(process: "subprocess.Popen[str]", peers: list[Peer]) -> ZsplitError | None:
-    """Wait until the broker has ended, or a peer failed before the run could begin."""
+    """Wait until the broker has ended (return None), or a peer failed before the run could begin (return why)."""
     assert process.stdout is not None
     waiting = [peer.process.sentinel for peer in peers]
     while process.poll() is None:
         wait([process.stdout.fileno(), *waiting])  # the broker's output ends with it
         if (failed := _failure(peers)) is not None:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(NOTICE_SECONDS)
+                return None
             return failed
         waiting = [peer.process.sentinel for peer in peers if peer.process.exitcode is None]
         if not waiting:

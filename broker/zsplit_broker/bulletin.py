@@ -115,6 +115,16 @@ class Bulletin:
             case _:
                 pass
 
+    def departure(self, event: Event) -> Iterator[AnyEvent]:
+        """Yield the last word on a peer that was lost."""
+        match event:
+            case Lost(role="client", index=index):
+                yield ClientEvent(index=index, state="lost")
+            case Lost(role="server", index=index):
+                yield ServerEvent(index=index, state="lost")
+            case _:
+                pass
+
     def _differences(self, joined: Joined) -> Iterator[LogEvent]:
         """Warn where peers differ in what bit-identical results depend on."""
         mine = joined.prepared
@@ -154,14 +164,16 @@ class Bulletin:
     def _client(self, session: Session, now: float) -> ClientEvent:
         held = next((h for h in (session.beat.held if session.beat else ()) if h.state != "done"), None)
         job = self._job(held)
+        if held and isinstance(job, Turn):
+            session.steps = held.step, job.first + job.count
         losses, session.losses = tuple(session.losses), []
         telemetry, prepared = session.telemetry, session.prepared
         return ClientEvent(
             index=session.index,
-            state=_verb(job) if prepared else "loading",
+            state=self._peer_state(session, job),
             round=job.round + 1 if isinstance(job, Turn | Evaluate) else len(self.scheduler.history),
-            step=held.step if held else 0,
-            steps=job.first + job.count if isinstance(job, Turn) else 0,
+            step=session.steps[0],
+            steps=session.steps[1],
             loss=losses[-1] if losses else None,
             losses=losses,
             samples_per_second=telemetry.samples_per_second if telemetry else 0.0,
@@ -174,12 +186,17 @@ class Bulletin:
             device=prepared.device if prepared else "",
         )
 
+    def _peer_state(self, session: Session, job: object) -> str:
+        if self.scheduler.phase == "finished":
+            return "done"
+        return _verb(job) if session.prepared else "loading"
+
     def _server(self, session: Session, now: float) -> ServerEvent:
         jobs = self.scheduler.jobs(session.peer)
         telemetry, prepared = session.telemetry, session.prepared
         return ServerEvent(
             index=session.index,
-            state=_verb(jobs[0] if jobs else None) if prepared else "loading",
+            state=self._peer_state(session, jobs[0] if jobs else None),
             clients=tuple(job.client for job in jobs if isinstance(job, Turn | Evaluate)),
             samples_per_second=telemetry.samples_per_second if telemetry else 0.0,
             idle_share=telemetry.idle_share if telemetry else 0.0,

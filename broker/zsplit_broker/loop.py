@@ -73,7 +73,7 @@ PUBLISH_SECONDS = 0.25
 
 UNKNOWN_SESSION = "the broker does not know this session any more: start the peer again"
 
-FAREWELL_SECONDS = 2.0
+FAREWELL_SECONDS = 1.5
 """How long the broker waits, at the end, for its peers to leave."""
 
 
@@ -185,6 +185,7 @@ class Broker:
             for instruction in self.scheduler.handle(entry):
                 touched |= self._do(instruction)
             self._publish(self.bulletin.logs(entry.event))
+            self._publish(self.bulletin.departure(entry.event))
         self._tell(touched)
 
     def _tell(self, peers: set[Peer] | None) -> None:

@@ -66,6 +66,7 @@ class Session:
         self.progressed = now
         self.telemetry: Telemetry | None = None
         self.losses: list[float] = []
+        self.steps = (0, 0)
         self.up = self.down = 0
 
     @property

@@ -97,7 +97,10 @@ class Versions:
             stored = self._stored(digest)
             _check_span(stored.manifest, offset, length)
             with storage_errors(self.folder, 0, _INTACT):
-                return os.pread(stored.descriptor, length, stored.start + offset)
+                data = os.pread(stored.descriptor, length, stored.start + offset)
+        if len(data) != length:
+            raise _damaged(self.path(digest), "it became shorter while it was in use")
+        return data
 
     def verify(self, digest: str) -> None:
         """Read the whole version. Raises StorageError where it is missing or damaged."""

@@ -27,8 +27,12 @@ def encode(what: What, tensor: Tensor, codec: str = "raw") -> tuple[TensorMeta, 
     return TensorMeta(what, NAMES[tensor.dtype], tuple(tensor.shape), codec, frame.nbytes), frame
 
 
+ALIGNMENT = 64
+"""Bytes that torch aligns its own CPU tensors to. Matrix products on others round differently in the last bit."""
+
+
 def decode(meta: TensorMeta, frame: memoryview) -> Tensor:
-    """Return the tensor that a frame holds, sharing its memory.
+    """Return the tensor that a frame holds: in the frame's memory where that is aligned as torch's own, else copied.
 
     Raises RemoteProtocolError for a codec or dtype that this side does not know; sizes were checked with
     the header.
@@ -37,7 +41,7 @@ def decode(meta: TensorMeta, frame: memoryview) -> Tensor:
         raise RemoteProtocolError(f"cannot decode {meta.dtype} with the codec {meta.codec!r}")
     dtype = DTYPES[meta.dtype]
     flat = torch.frombuffer(frame, dtype=dtype) if meta.nbytes else torch.empty(0, dtype=dtype)
-    return flat.reshape(meta.shape)
+    return (flat.clone() if flat.data_ptr() % ALIGNMENT else flat).reshape(meta.shape)
 
 
 def memory(tensor: Tensor) -> memoryview:

@@ -45,8 +45,9 @@ def observe(root: nn.Module, graph: fx.Graph, example: Tensor, batch: int) -> di
                 samples = torch.empty(batch, *example.shape[1:], dtype=example.dtype, device=example.device)
                 functional_call(runner, state, (samples,))
     except Exception as error:
+        shape = [batch, *example.shape[1:]]
         raise PlanError(
-            f"{type(root).__name__} cannot run on a batch of shape {[batch, *example.shape[1:]]} ({first_line(error)}): "
+            f"{type(root).__name__} cannot run on a batch of shape {shape} ({first_line(error)}): "
             "give an example like the batches that it is trained on."
         ) from error
     return runner.observer.facts()

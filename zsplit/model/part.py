@@ -1,6 +1,6 @@
 """One side of a cut: a module that runs a stretch of the forward pass with the model's own modules."""
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection
 from operator import attrgetter
 
 from torch import Tensor, fx, nn
@@ -20,19 +20,14 @@ class Part(nn.Module):
     place. A part is not to be pickled: weights travel as a `state_dict`.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        names: Collection[str],
-        passes: Mapping[bool, ForwardPass],
-        stretches: Mapping[bool, Stretch],
-    ) -> None:
+    def __init__(self, model: nn.Module, names: Collection[str], training: Stretch, evaluation: Stretch) -> None:
         super().__init__()
         self.training = model.training
-        self._adopt_modules(model, [node for stretch in stretches.values() for node in stretch.nodes])
+        self._adopt_modules(model, [*training.nodes, *evaluation.nodes])
         self._adopt_tensors(model, names)
         self._forwards: dict[bool, Forward] = {
-            mode: self._function(self._graph(names, model, passes[mode], stretch)) for mode, stretch in stretches.items()
+            mode: self._function(self._graph(names, model, stretch))
+            for mode, stretch in ((True, training), (False, evaluation))
         }
 
     def forward(self, x: Tensor) -> Tensor:
@@ -68,8 +63,8 @@ class Part(nn.Module):
             home = home.get_submodule(atom)
         return home, name
 
-    def _graph(self, names: Collection[str], model: nn.Module, source: ForwardPass, stretch: Stretch) -> fx.Graph:
-        graph = fx.Graph()
+    def _graph(self, names: Collection[str], model: nn.Module, stretch: Stretch) -> fx.Graph:
+        source, graph = stretch.source, fx.Graph()
         copies = {stretch.takes: graph.placeholder("x")}
         if source.facts[stretch.takes].changed:  # the sender may need it, and autograd refuses to change its leaves
             copies[stretch.takes] = graph.call_method("clone", (copies[stretch.takes],))

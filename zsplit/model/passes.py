@@ -65,9 +65,20 @@ class Stretch:
     The first part takes the model's input. The last gives the model's output: its `gives` is None.
     """
 
+    source: "ForwardPass"
     nodes: tuple[fx.Node, ...]
     takes: fx.Node
     gives: fx.Node | None
+
+    @property
+    def reads(self) -> set[str]:
+        """The tensors of the model's state that it uses, and the buffers that forward changes."""
+        return {name for node in self.nodes for name in self.source.reads[node]}
+
+    @property
+    def flops(self) -> int:
+        """FLOPs for one sample, forward."""
+        return sum(self.source.facts[node].flops for node in self.nodes) // self.source.batch
 
 
 class ForwardPass:
@@ -92,7 +103,7 @@ class ForwardPass:
         self._crossing = self._find_crossing()
         self.places = self._find_places()
         self._changed = {str(node.target) for node in self.nodes if node.op == "get_attr" and self.facts[node].changed}
-        self._reads = {node: self._find_reads(node, inventory) for node in self.nodes}
+        self.reads = {node: self._find_reads(node, inventory) for node in self.nodes}
 
     def position(self, name: str) -> int | None:
         """Return where in the order of execution the node of this name stands, if there is one."""
@@ -111,18 +122,11 @@ class ForwardPass:
             if any(user in members for user in node.users):
                 members.add(node)
         return Stretch(
+            source=self,
             nodes=tuple(sorted(members, key=self._index.__getitem__)),
             takes=self.nodes[0] if takes is None else self._by_name[takes],
             gives=None if gives is None else self._by_name[gives],
         )
-
-    def reads(self, stretch: Stretch) -> set[str]:
-        """Return the tensors of the model's state that a part uses, and buffers that forward changes."""
-        return {name for node in stretch.nodes for name in self._reads[node]}
-
-    def flops(self, stretch: Stretch) -> int:
-        """Return a part's FLOPs for one sample, forward."""
-        return sum(self.facts[node].flops for node in stretch.nodes) // self.batch
 
     def sample(self, name: str) -> tuple[tuple[int, ...], torch.dtype] | None:
         """Return shape and dtype of one sample of a node's value, if it is a floating-point tensor with a batch."""

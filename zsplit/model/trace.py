@@ -1,11 +1,12 @@
 """Where a model can be cut, what is on either side of each cut, and cutting it."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from itertools import pairwise
 from math import prod
 
+import torch
 from torch import Tensor, nn
 
 from zsplit.errors import PlanError
@@ -37,6 +38,10 @@ class CutPoint:
 
 
 Cut = CutPoint | str | int
+"""What a cut may be given as."""
+
+Pair = tuple[Stretch, Stretch]
+"""A part in training and in evaluation mode."""
 
 
 class Traced:
@@ -84,7 +89,109 @@ class Traced:
             if other.index <= one.index:
                 raise PlanError(f"The cut {other} does not come after {one}: give the cuts in the model's order.")
         stretches = self._stretches(*(point.name for point in points))
-        shares = self._inventory.deal([self._reads(stretch) for stretch in stretches])
-        parts = tuple(Part(self.model, *both) for both in zip(shares, stretches, strict=True))
+        shares = self._inventory.deal([_reads(pair) for pair in stretches])
+        parts = tuple(Part(self.model, names, *pair) for names, pair in zip(shares, stretches, strict=True))
         self._check_state(parts)
         return parts
+
+    def _find_cuts(self) -> Iterator[CutPoint]:
+        index, last = 0, -1
+        for name in self._training.places:
+            refusal = self._refusal(name)
+            if not refusal and self._evaluation.places[name] <= last:
+                refusal = "operations run in another order in evaluation mode"
+            if refusal:
+                self._refused[name] = refusal
+            else:
+                yield self._point(index, name)
+                index, last = index + 1, self._evaluation.places[name]
+
+    def _refusal(self, name: str) -> str:
+        """Return why there is no cut where in training mode only one tensor crosses, or nothing."""
+        if name not in self._evaluation.places:
+            return f"in evaluation mode {self._evaluation.obstacle(name)}"
+        sample = self._training.sample(name)
+        if sample is None or sample != self._evaluation.sample(name):
+            return "what crosses there is not one floating-point tensor with the batch as its first dimension"
+        front, back = map(_reads, self._stretches(name))
+        if both := sorted(front & back):
+            return f"'{both[0]}' is used on both sides of it, and tied parameters have to stay on one"
+        return ""
+
+    def _point(self, index: int, name: str) -> CutPoint:
+        shape, dtype = self._training.sample(name) or ((), torch.float32)
+        pairs = self._stretches(name)
+        params = [self._inventory.parameters(names) for names in self._inventory.deal([_reads(pair) for pair in pairs])]
+        flops = [training.flops for training, _ in pairs]
+        return CutPoint(
+            index, name, shape, str(dtype).removeprefix("torch."), prod(shape) * dtype.itemsize, *params, *flops
+        )
+
+    def _stretches(self, *places: str) -> list[Pair]:
+        """Return the parts between these places and the ends of the model, in both modes."""
+        passes = self._training, self._evaluation
+        ends = pairwise((None, *places, None))
+        return [(passes[0].stretch(takes, gives), passes[1].stretch(takes, gives)) for takes, gives in ends]
+
+    def _check_state(self, parts: Sequence[Part]) -> None:
+        held = {name for part in parts for name in part.state_dict()}
+        if other := self.model.state_dict().keys() - held:
+            raise PlanError(
+                f"The state of {self._kind} holds {sorted(other)[0]!r}, which is neither a parameter nor a buffer "
+                "and would be lost: make it a buffer."
+            )
+
+    def _at(self, index: int) -> CutPoint:
+        if not 0 <= index < len(self.cuts):
+            raise PlanError(f"There is no cut {index}: {self._extent()}.")
+        return self.cuts[index]
+
+    def _extent(self) -> str:
+        return f"the cuts of {self._kind} go from {self.cuts[0]} to {self.cuts[-1]}, and `zsplit cuts` lists them"
+
+    def _cannot(self, name: str) -> str:
+        """Return the sentence for a node after which there is no cut."""
+        here = self._evaluation if self._training.position(name) is None else self._training
+        position = here.position(name) or 0
+        before = [cut for cut in self.cuts if here.places[cut.name] < position]
+        after = [cut for cut in self.cuts if here.places[cut.name] >= position]
+        nearest = [f"{cut} before it" for cut in before[-1:]] + [f"{cut} after it" for cut in after[:1]]
+        reason = self._refused.get(name) or self._training.obstacle(name)
+        return (
+            f"{self._kind} cannot be cut at '{name}', since {reason}: "
+            f"take {' or '.join(nearest)}; `zsplit cuts` lists all cuts."
+        )
+
+    def _unknown(self, name: str) -> str:
+        """Return the sentence for a name that is nothing in the model."""
+        cuts = {cut.name: cut for cut in self.cuts}
+        near = ", ".join(str(cuts[one]) for one in get_close_matches(name, cuts, cutoff=0.5))
+        hint = f"the nearest cuts are {near}, and `zsplit cuts` lists all" if near else self._extent()
+        return f"There is no '{name}' in {self._kind}: {hint}."
+
+
+def _reads(pair: Pair) -> set[str]:
+    return pair[0].reads | pair[1].reads
+
+
+def trace(model: nn.Module, example: Tensor) -> Traced:
+    """Follow the model's forward pass in training and in evaluation mode and find where it can be cut.
+
+    `example` is a batch like those that the model will see: its first dimension is the batch, of any size,
+    and only its shape, dtype and device matter. The model is left as it is: its modes, buffers and the random
+    generators. torch.fx patches `nn.Module` while it follows: let no other thread run a module meanwhile. Raises
+    PlanError for a model that torch.fx cannot follow, and for an example that it cannot run on.
+    """
+    if example.dim() == 0 or len(example) == 0:
+        raise PlanError("The example is to be a batch of at least one sample: its first dimension is the batch.")
+    return Traced(model, example)
+
+
+def cut_points(model: nn.Module, example: Tensor) -> list[CutPoint]:
+    """Return every place where the model can be cut, in order. See `trace`."""
+    return list(trace(model, example).cuts)
+
+
+def split(model: nn.Module, example: Tensor, *cuts: Cut) -> tuple[Part, ...]:
+    """Return the parts of the model: front and back for one cut, front, middle and tail for two. See `Traced.split`."""
+    return trace(model, example).split(*cuts)

@@ -53,11 +53,11 @@ class PathTracer(fx.Tracer):
         return next(name for name in candidates if name not in self._taken and (name == own or name not in self._paths))
 
 
-class DrawWatch(TorchDispatchMode):
+class DrawWatch(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Notices operations that draw from a random generator, by torch's own tag on them."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.drawn = False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -103,8 +103,8 @@ def follow(root: nn.Module) -> tuple[fx.Graph, dict[fx.Node, str]]:
             graph = tracer.trace(root, concrete_args=defaults)
     except Exception as error:
         raise PlanError(
-            f"{model} cannot be traced by torch.fx ({first_line(error)}): its forward must be one sequence of operations "
-            "that does not depend on values; put what does depend on them into a function marked with torch.fx.wrap."
+            f"{model} cannot be traced by torch.fx ({first_line(error)}): its forward has to be one sequence of "
+            "operations, whatever the values; put what depends on values into a function marked with torch.fx.wrap."
         ) from error
     if watch.drawn:
         raise PlanError(

@@ -231,6 +231,7 @@ class Link:
         self._wake.set()
         if self._thread.is_alive():
             self._thread.join(timeout=5)
+        self._wake.close()
 
     def _beat_now(self) -> None:
         self._beat_due = 0.0
@@ -254,7 +255,6 @@ class Link:
             self._events.put(Ended(error))
         finally:
             context.destroy(linger=500)
-            self._wake.close()
 
     def _socket(self, context: zmq.Context[zmq.Socket[bytes]], max_frame: int) -> zmq.Socket[bytes]:
         made = context.socket(zmq.DEALER)

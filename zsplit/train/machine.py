@@ -35,7 +35,7 @@ def describe(device: torch.device, cut: str, train: int = 0, validation: int = 0
         train=train,
         validation=validation,
         test=test,
-        torch=torch.__version__,
+        torch=str(torch.__version__),
         capability=torch.backends.cpu.get_cpu_capability(),
         threads=torch.get_num_threads(),
         device=str(device),

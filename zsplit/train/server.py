@@ -228,7 +228,7 @@ class Training:
         if norms:
             sent.append(encode("norms", self.half.gradient_norms()))
         lease, step, micro = self.job.lease, message.step, message.micro
-        self.link.send_tensors(lease, "train", step, micro, 1, sent, {"loss": float(loss)})
+        self.link.send_tensors(lease, "train", step, micro, 1, sent, {"loss": float(loss.detach())})
 
     def _step(self, step: int) -> None:
         self.half.step()

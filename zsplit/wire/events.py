@@ -20,7 +20,10 @@ class Event(msgspec.Struct, frozen=True, kw_only=True, tag_field="topic"):
 
 
 class RunEvent(Event, frozen=True, kw_only=True, tag="run"):
-    """The run as a whole. State: `waiting`, `training`, `evaluating`, `storing`, `finished` or `failed`."""
+    """The run as a whole; `round` counts the rounds that are done.
+
+    State: `waiting`, `training`, `evaluating`, `storing`, `finished` or `failed`.
+    """
 
     name: str
     run: str
@@ -58,8 +61,9 @@ class RoundEvent(Event, frozen=True, kw_only=True, tag="round"):
 class ClientEvent(Event, frozen=True, kw_only=True, tag="client"):
     """One client. State: `loading`, `waiting`, `training`, `evaluating`, `lost` or `done`.
 
-    Bytes are payload and headers on the data connection so far; `age` is seconds since its last sign of life;
-    `losses` are the steps' since the last event.
+    `round` counts from 1; `step` of `steps` is that of its latest turn. `losses` are the steps' since the last
+    event, `loss` the latest of them, or None where there was none. Bytes are payload and headers on the data
+    connection so far; `age` is seconds since its last sign of life.
     """
 
     index: int
@@ -80,7 +84,10 @@ class ClientEvent(Event, frozen=True, kw_only=True, tag="client"):
 
 
 class ServerEvent(Event, frozen=True, kw_only=True, tag="server"):
-    """One server. State: `loading`, `waiting`, `training`, `evaluating`, `merging`, `lost` or `done`."""
+    """One server.
+
+    State: `loading`, `waiting`, `initialising`, `training`, `evaluating`, `merging`, `lost` or `done`.
+    """
 
     index: int
     state: str

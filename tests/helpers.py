@@ -1,0 +1,223 @@
+"""What the tests of the pure cores share: configs in one line, anything of a type, and peers that obey."""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import msgspec
+from hypothesis import strategies as st
+from msgspec import inspect as kinds
+
+from zsplit.config import Config, load_config
+from zsplit.wire.manifest import digest_of
+from zsplit.wire.messages import Evaluate, Init, Job, Lease, Merge, Prepared, Tally, Turn
+from zsplit_broker.events import Done, Entry, Event, Instruction, Joined, Ready, Started, Stored
+from zsplit_broker.scheduler import Peer, Scheduler, Work
+
+NO_SUCH_LEASE = Lease(99, 99)
+
+
+def config_of(**values: object) -> Config:
+    """Return a config with single keys set, such as `schedule__clients=3`."""
+    return load_config(None, {key.replace("__", "."): value for key, value in values.items()})
+
+
+def anything(type_: Any) -> st.SearchStrategy[Any]:
+    """Return a strategy for all values of a type that msgspec decodes, read off the type itself.
+
+    Floats are finite, since NaN does not equal itself; integers are those that msgpack has.
+    """
+    return _values(kinds.type_info(type_))
+
+
+def _values(kind: kinds.Type) -> st.SearchStrategy[Any]:
+    match kind:
+        case kinds.StructType(cls=cls, fields=fields) | kinds.NamedTupleType(cls=cls, fields=fields):
+            return st.builds(cls, **{field.name: _values(field.type) for field in fields})
+        case kinds.UnionType(types=types):
+            return st.one_of(*map(_values, types))
+        case kinds.VarTupleType(item_type=item):
+            return st.lists(_values(item), max_size=3).map(tuple)
+        case kinds.TupleType(item_types=items):
+            return st.tuples(*map(_values, items))
+        case kinds.DictType(key_type=key, value_type=value):
+            return st.dictionaries(_values(key), _values(value), max_size=3)
+        case kinds.LiteralType(values=choices):
+            return st.sampled_from(choices)
+        case _:
+            return SCALARS[type(kind)]
+
+
+SCALARS: dict[type[kinds.Type], st.SearchStrategy[Any]] = {
+    kinds.IntType: st.integers(-(2**63), 2**64 - 1),
+    kinds.FloatType: st.floats(allow_nan=False, allow_infinity=False),
+    kinds.StrType: st.text(max_size=8),
+    kinds.BytesType: st.binary(max_size=8),
+    kinds.BoolType: st.booleans(),
+    kinds.NoneType: st.none(),
+}
+
+
+@st.composite
+def damaged(draw: st.DrawFn, intact: st.SearchStrategy[bytes]) -> bytes:
+    """Return bytes that were good once, with a few of them changed, lost or added."""
+    data = bytearray(draw(intact))
+    for _ in range(draw(st.integers(1, 3))):
+        first = draw(st.integers(0, len(data)))
+        data[first : first + draw(st.integers(0, 2))] = draw(st.binary(max_size=2))
+    return bytes(data)
+
+
+@st.composite
+def configs(draw: st.DrawFn) -> Config:
+    """Return configs that differ in all that the scheduler looks at."""
+    clients = draw(st.integers(1, 4))
+    keys: dict[str, object] = {
+        "run__rounds": draw(st.integers(1, 3)),
+        "run__eval_every": draw(st.integers(0, 3)),
+        "schedule__policy": draw(st.sampled_from(["round_robin", "parallel"])),
+        "schedule__clients": clients,
+        "schedule__clients_per_round": draw(st.integers(0, clients)),
+        "schedule__weighting": draw(st.sampled_from(["samples", "uniform"])),
+        "train__batch_size": draw(st.integers(1, 8)),
+        "train__local_epochs": draw(st.integers(1, 2)),
+    }
+    if keys["schedule__policy"] == "parallel":
+        keys["schedule__aggregate_every"] = draw(st.sampled_from([-1, 1, 2, 5]))
+    else:
+        keys["run__commit_every"] = draw(st.integers(0, 3))
+    return config_of(**keys)
+
+
+@st.composite
+def sizes_for(draw: st.DrawFn, config: Config) -> list[Prepared]:
+    """Return what each client has: training samples always, validation and test samples perhaps."""
+    few = st.integers(0, 6)
+    return [
+        Prepared(cut="relu", train=draw(st.integers(1, 24)), validation=draw(few), test=draw(few), threads=1)
+        for _ in range(config.schedule.clients)
+    ]
+
+
+def equal_shards(config: Config, train: int = 20, validation: int = 4, test: int = 5) -> list[Prepared]:
+    """Return what each client has where all have the same."""
+    return [Prepared(cut="relu", train=train, validation=validation, test=test, threads=1)] * config.schedule.clients
+
+
+class Play:
+    """A scheduler with peers that do as they are told: every event that they cause is chosen by the test.
+
+    `clock` seconds pass between two events. With `still` nobody learns anything: all states are equal.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        shards: list[Prepared] | None = None,
+        servers: int = 1,
+        still: bool = False,
+        clock: float = 1.0,
+    ) -> None:
+        self.config = config
+        self.scheduler = Scheduler(config)
+        self.shards = shards or equal_shards(config)
+        self.peers: list[Peer] = [("server", k) for k in range(servers)]
+        self.peers += [("client", i) for i in range(config.schedule.clients)]
+        self.log: list[Entry] = []
+        self.said: list[Instruction] = []
+        self._still = still
+        self._clock = clock
+
+    def tell(self, event: Event) -> list[Instruction]:
+        """Let one event happen; return what the scheduler says to it."""
+        entry = Entry(self._clock * len(self.log), event)
+        self.log.append(entry)
+        said = self.scheduler.handle(entry)
+        self.scheduler.check()
+        self.said += said
+        return said
+
+    def joined(self, peer: Peer) -> Joined:
+        role, index = peer
+        return Joined(role, index, self.shards[index] if role == "client" else Prepared(cut="relu", threads=2))
+
+    def begin(self) -> "Play":
+        """Start the broker and let everybody join."""
+        self.tell(Started(1))
+        for peer in self.peers:
+            self.tell(self.joined(peer))
+        return self
+
+    def due(self) -> list[Event]:
+        """Return what there is to happen: what obedient peers and the disk would report now, each once."""
+        events: list[Event] = []
+        for peer in self.peers:
+            for job in self.scheduler.jobs(peer):
+                events += self._reports(peer, job, self.scheduler.work[job.lease])
+        return events + [Stored(digest) for digest in self.scheduler.storing]
+
+    def _reports(self, peer: Peer, job: Job, work: Work) -> Iterable[Event]:
+        role = peer[0]
+        if role == "server" and isinstance(job, Turn | Evaluate) and not work.ready:
+            yield Ready(job.lease)
+        elif role not in work.done and not (role == "server" and isinstance(job, Evaluate)):
+            yield self.done(peer, job)
+
+    def done(self, peer: Peer, job: Job) -> Done:
+        """Return the report of a job that went well."""
+        digest = digest_of(b"" if self._still else f"{job.lease} {peer}".encode())
+        return Done(job.lease, "client" if peer[0] == "client" else "server", digest, self.tally(peer, job))
+
+    def tally(self, peer: Peer, job: Job) -> Tally:
+        """Return figures that can be told apart when they are added up: one second a job, half of it idle."""
+        steps = job.count if isinstance(job, Turn) else 1
+        samples = self.samples(job)
+        traffic = {} if peer[0] == "server" else {"smashed": (100 * steps, 0), "gradients": (0, 10 * steps)}
+        return Tally(
+            steps=steps,
+            samples=samples,
+            loss_sum=0.5 * samples,
+            top1=samples // 2,
+            top5=samples,
+            seconds=1.0,
+            idle=0.5,
+            step_seconds={0: steps},
+            traffic=traffic,
+        )
+
+    def samples(self, job: Job) -> int:
+        """Return how many samples a job sees."""
+        match job:
+            case Turn(client=client, first=first, count=count):
+                size, batch = self.shards[client].train, self.config.train.batch_size
+                per_epoch = -(-size // batch)
+                return sum(min(batch, size - s % per_epoch * batch) for s in range(first, first + count))
+            case Evaluate(client=client, part=part):
+                return int(getattr(self.shards[client], part))
+            case Init() | Merge():
+                return 0
+
+    def go_on(self, choose: Callable[[list[Event]], Event] = lambda due: due[0], events: int = 10_000) -> "Play":
+        """Let what is due happen, one event after the other, until nothing is; at most so many."""
+        for _ in range(events):
+            due = self.due()
+            if not due:
+                break
+            self.tell(choose(due))
+        return self
+
+
+def fingerprint(scheduler: Scheduler) -> tuple[object, ...]:
+    """Return all that a scheduler knows, to compare two of them."""
+    work = [(lease, w.job, w.ready, list(w.done.items())) for lease, w in scheduler.work.items()]
+    return (
+        (scheduler.phase, scheduler.outcome, scheduler.now, list(scheduler.peers.items())),
+        (scheduler.epoch, scheduler.number, work),
+        (scheduler.round, scheduler.stages, scheduler.stage, scheduler.version),
+        (scheduler.contributions, scheduler.storing, scheduler.stored),
+        (scheduler.history, scheduler.test),
+    )
+
+
+def through_the_journal(entry: Entry) -> Entry:
+    """Return the entry as it comes back from a line of the journal."""
+    return msgspec.json.decode(msgspec.json.encode(entry), type=Entry)
