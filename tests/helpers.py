@@ -68,13 +68,13 @@ def damaged(draw: st.DrawFn, intact: st.SearchStrategy[bytes]) -> bytes:
 
 
 @st.composite
-def configs(draw: st.DrawFn) -> Config:
+def configs(draw: st.DrawFn, policies: tuple[str, ...] = ("round_robin", "parallel")) -> Config:
     """Return configs that differ in all that the scheduler looks at."""
     clients = draw(st.integers(1, 4))
     keys: dict[str, object] = {
         "run__rounds": draw(st.integers(1, 3)),
         "run__eval_every": draw(st.integers(0, 3)),
-        "schedule__policy": draw(st.sampled_from(["round_robin", "parallel"])),
+        "schedule__policy": draw(st.sampled_from(policies)),
         "schedule__clients": clients,
         "schedule__clients_per_round": draw(st.integers(0, clients)),
         "schedule__weighting": draw(st.sampled_from(["samples", "uniform"])),
@@ -150,6 +150,8 @@ class Play:
     def due(self) -> list[Event]:
         """Return what there is to happen: what obedient peers and the disk would report now, each once."""
         events: list[Event] = []
+        if self.scheduler.phase == "finished":
+            return events
         for peer in self.peers:
             for job in self.scheduler.jobs(peer):
                 events += self._reports(peer, job, self.scheduler.work[job.lease])

@@ -111,13 +111,9 @@ def test_counters_are_the_largest_not_the_mean(name: str) -> None:
     assert (merged.item(), merged.dtype) == (4, dtype)
 
 
-def test_what_nobody_contributes_stays_absent_but_what_peers_keep_for_themselves_stays() -> None:
+def test_what_peers_keep_for_themselves_outlives_a_round_without_them() -> None:
     mine, old, new = torch.tensor([1.0]), torch.tensor([2.0]), torch.tensor([3.0])
-    base = {
-        "optimizer/momentum_buffer/w": torch.tensor([9.0]),
-        "local/0/momentum_buffer/w": mine,
-        "local/1/momentum_buffer/w": old,
-    }
+    base = {"w": old, "local/0/momentum_buffer/w": mine, "local/1/momentum_buffer/w": old}
     merged = merge(base, [Part(1.0, {"w": mine, "local/1/momentum_buffer/w": new})])
     assert_same_bits(
         merged, {"local/0/momentum_buffer/w": mine, "local/1/momentum_buffer/w": new, "w": mine}

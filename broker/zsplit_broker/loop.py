@@ -153,9 +153,7 @@ class Broker:
             self.wake.clear()
             self._written()
         self._clock()
-        if self.news:
-            news, self.news = self.news, []
-            self._take(news)
+        self._take_news()
 
     def _drain(self, take: Callable[[], None]) -> None:
         with contextlib.suppress(zmq.Again):
@@ -175,6 +173,11 @@ class Broker:
             self._publish(self.bulletin.state(now))
             if self.bulletin.rates_due(now):
                 self._publish([self.bulletin.rates(now, self.relayed, self.relayed_bytes)])
+
+    def _take_news(self) -> None:
+        news, self.news = self.news, []
+        if news and self.scheduler.outcome is None:  # peers that leave when it is over are no news
+            self._take(news)
 
     def _take(self, news: list[Event]) -> None:
         """Journal the news, then do what follows from it."""
@@ -212,15 +215,17 @@ class Broker:
                 self.writer.submit("", lambda: self.versions.delete(digest))
             case Announce():
                 event = self.bulletin.round_event(self.scheduler.history[-1])
-                self._publish([event])
-                record.append_metrics(self.folder, event)
+                record.append_metrics(self.folder, *self._publish([event]))
             case Finish():
                 pass  # ends the loop in `serve`
         return set()
 
-    def _publish(self, events: Iterable[AnyEvent]) -> None:
-        for event in events:
-            self.events.send_multipart(self.bulletin.stamp(event, time.time()))
+    def _publish(self, events: Iterable[AnyEvent]) -> list[bytes]:
+        """Publish events; return their bodies as they went out."""
+        stamped = [self.bulletin.stamp(event, time.time()) for event in events]
+        for message in stamped:
+            self.events.send_multipart(message)
+        return [body for _, body in stamped]
 
     def _subscription(self) -> None:
         """Somebody subscribed: send the last value of each topic again."""
@@ -254,9 +259,7 @@ class Broker:
 
     def _answer(self, beat: Beat, sender: bytes, now: float) -> None:
         """Take the beat's news in at once, so that the answer already follows from it."""
-        news, self.news = self.news, []
-        if news:
-            self._take(news)
+        self._take_news()
         session = self.router.session(beat.session)
         if session is not None and session.control == sender:
             self._send(sender, self.router.orders(session, beat.sent, now))

@@ -6,7 +6,6 @@ from pathlib import Path
 
 from zsplit.config import Config, to_toml
 from zsplit.errors import ConfigError, StorageError
-from zsplit.wire.events import RoundEvent, encode_event
 from zsplit.wire.messages import Tally
 from zsplit_broker.scheduler import Scheduler
 from zsplit_broker.tally import add, mean, quantile
@@ -38,10 +37,10 @@ def create_folder(folder: Path, config: Config) -> None:
         raise StorageError(f"cannot write to {folder}: {error.strerror}; choose another --out") from error
 
 
-def append_metrics(folder: Path, event: RoundEvent) -> None:
-    """Add a round's figures to `metrics.jsonl`."""
+def append_metrics(folder: Path, body: bytes) -> None:
+    """Add a round's figures, as they were published, to `metrics.jsonl`."""
     with (folder / "metrics.jsonl").open("ab") as file:
-        file.write(encode_event(event) + b"\n")
+        file.write(body + b"\n")
 
 
 def write_summary(folder: Path, summary: dict[str, object]) -> None:

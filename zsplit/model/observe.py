@@ -48,7 +48,7 @@ def observe(root: nn.Module, graph: fx.Graph, example: Tensor, batch: int) -> di
         shape = [batch, *example.shape[1:]]
         raise PlanError(
             f"{type(root).__name__} cannot run on a batch of shape {shape} ({first_line(error)}): "
-            "give an example like the batches that it is trained on."
+            "a model that is cut takes batches of any size, and the example has to be like one of them."
         ) from error
     return runner.observer.facts()
 

@@ -36,8 +36,9 @@ class Part(nn.Module):
 
     def _adopt_modules(self, model: nn.Module, nodes: Collection[fx.Node]) -> None:
         modules = dict(model.named_modules())
+        paths = {str(node.target) for node in nodes if node.op in ("call_module", "get_attr")}
         # Shorter paths first: a module brings its children along.
-        for path in sorted({str(node.target) for node in nodes} & modules.keys(), key=len):
+        for path in sorted(paths & modules.keys(), key=len):
             home, name = self._home(path)
             if name not in home._modules:
                 home.add_module(name, modules[path])

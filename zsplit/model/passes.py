@@ -58,6 +58,10 @@ class Inventory:
         return sum(self._elements.get(main, 0) for main in {self._main[name] for name in names})
 
 
+Sample = tuple[tuple[int, ...], torch.dtype]
+"""Shape and dtype of one sample of a value."""
+
+
 @dataclass(frozen=True)
 class Stretch:
     """A part of a forward pass: its nodes in order, the node whose value it takes, and the one whose value it gives.
@@ -128,8 +132,8 @@ class ForwardPass:
             gives=None if gives is None else self._by_name[gives],
         )
 
-    def sample(self, name: str) -> tuple[tuple[int, ...], torch.dtype] | None:
-        """Return shape and dtype of one sample of a node's value, if it is a floating-point tensor with a batch."""
+    def sample(self, name: str) -> Sample | None:
+        """Return one sample of a node's value, if that is a floating-point tensor with the batch first."""
         fact = self.facts[self._by_name[name]]
         if fact.dtype is None or not fact.dtype.is_floating_point or not fact.shape or fact.shape[0] != self.batch:
             return None

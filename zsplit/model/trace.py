@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from zsplit.errors import PlanError
 from zsplit.model.part import Part
-from zsplit.model.passes import ForwardPass, Inventory, Stretch
+from zsplit.model.passes import ForwardPass, Inventory, Sample, Stretch
 
 
 @dataclass(frozen=True)
@@ -97,34 +97,43 @@ class Traced:
     def _find_cuts(self) -> Iterator[CutPoint]:
         index, last = 0, -1
         for name in self._training.places:
-            refusal = self._refusal(name)
-            if not refusal and self._evaluation.places[name] <= last:
-                refusal = "operations run in another order in evaluation mode"
-            if refusal:
+            sample = self._training.sample(name)
+            refusal = self._refusal(name, sample, last)
+            if refusal or sample is None:
                 self._refused[name] = refusal
             else:
-                yield self._point(index, name)
+                yield self._point(index, name, *sample)
                 index, last = index + 1, self._evaluation.places[name]
 
-    def _refusal(self, name: str) -> str:
-        """Return why there is no cut where in training mode only one tensor crosses, or nothing."""
+    def _refusal(self, name: str, sample: Sample | None, last: int) -> str:
+        """Return why there is no cut where in training mode one `sample` crosses, or nothing.
+
+        `last` is the position of the cut before it in evaluation mode.
+        """
         if name not in self._evaluation.places:
             return f"in evaluation mode {self._evaluation.obstacle(name)}"
-        sample = self._training.sample(name)
+        if self._evaluation.places[name] <= last:
+            return "operations run in another order in evaluation mode"
         if sample is None or sample != self._evaluation.sample(name):
-            return "what crosses there is not one floating-point tensor with the batch as its first dimension"
+            return "what crosses there is not a floating-point tensor with the batch as its first dimension"
         front, back = map(_reads, self._stretches(name))
         if both := sorted(front & back):
             return f"'{both[0]}' is used on both sides of it, and tied parameters have to stay on one"
         return ""
 
-    def _point(self, index: int, name: str) -> CutPoint:
-        shape, dtype = self._training.sample(name) or ((), torch.float32)
+    def _point(self, index: int, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> CutPoint:
         pairs = self._stretches(name)
-        params = [self._inventory.parameters(names) for names in self._inventory.deal([_reads(pair) for pair in pairs])]
-        flops = [training.flops for training, _ in pairs]
+        front, back = map(self._inventory.parameters, self._inventory.deal([_reads(pair) for pair in pairs]))
         return CutPoint(
-            index, name, shape, str(dtype).removeprefix("torch."), prod(shape) * dtype.itemsize, *params, *flops
+            index=index,
+            name=name,
+            shape=shape,
+            dtype=str(dtype).removeprefix("torch."),
+            bytes_per_sample=prod(shape) * dtype.itemsize,
+            front_params=front,
+            back_params=back,
+            front_flops=pairs[0][0].flops,
+            back_flops=pairs[1][0].flops,
         )
 
     def _stretches(self, *places: str) -> list[Pair]:

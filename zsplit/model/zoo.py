@@ -72,8 +72,7 @@ OWN = {
 
 def names() -> list[str]:
     """Return the names of all models."""
-    from torchvision import models
-
+    models = _torchvision_models()
     return [*OWN, *models.list_models(module=models)]
 
 
@@ -110,8 +109,6 @@ def default_cut(name: str) -> str | None:
 
 
 def _vision(name: str, num_classes: int, shape: Shape) -> nn.Module:
-    from torchvision import models
-
     channels, height, width = shape
     if channels != 3:
         raise ValueError(f"it takes images of 3 channels, not {channels}")
@@ -122,8 +119,14 @@ def _vision(name: str, num_classes: int, shape: Shape) -> nn.Module:
         special = {"image_size": height}
     elif name.startswith("maxvit_"):
         special = {"input_size": (height, width)}
-    model: nn.Module = models.get_model(name, weights=None, num_classes=num_classes, **special)
+    model: nn.Module = _torchvision_models().get_model(name, weights=None, num_classes=num_classes, **special)
     return model
+
+
+def _torchvision_models() -> Any:
+    from torchvision import models
+
+    return models
 
 
 def _check_known(name: str) -> None:

@@ -48,7 +48,7 @@ class Lines:
 
 def _start(event: RunEvent) -> list[str]:
     peers = f"{event.joined}/{some(event.clients, 'client')}, {some(event.servers, 'server')}"
-    return [event.policy, f"{event.model} cut at {event.cut}", event.data, peers]
+    return [event.policy, f"{event.model} cut at {event.cut}" if event.cut else event.model, event.data, peers]
 
 
 def _result(event: RunEvent) -> list[str]:

@@ -101,7 +101,7 @@ def _facts(run: RunEvent) -> list[Text]:
     facts = [
         run.test_accuracy is not None and f"test {figures.percent(run.test_accuracy)}",
         run.policy,
-        f"{run.model} @ {run.cut}",
+        f"{run.model} @ {run.cut}" if run.cut else run.model,
         run.data,
         f"{run.joined}/{figures.some(run.clients, 'client')}",
         figures.some(run.servers, "server"),

@@ -1,0 +1,621 @@
+"""The run as a state machine: under any events its invariants hold, and with obedient peers it gets to its end."""
+
+import math
+from collections import Counter
+from itertools import pairwise
+from random import Random
+
+import pytest
+from helpers import (
+    NO_SUCH_LEASE,
+    Play,
+    anything,
+    config_of,
+    configs,
+    equal_shards,
+    fingerprint,
+    sizes_for,
+    through_the_journal,
+)
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from zsplit.config import Config
+from zsplit.wire.messages import Evaluate, Init, Lease, Merge, Prepared, Tally, Turn
+from zsplit_broker.events import (
+    Announce,
+    Close,
+    Discard,
+    Done,
+    Entry,
+    Finish,
+    Grant,
+    Joined,
+    Lost,
+    Open,
+    Ready,
+    Started,
+    Stopped,
+    Store,
+    Stored,
+)
+from zsplit_broker.policy import participants, stages_of
+from zsplit_broker.router import refs_of
+from zsplit_broker.scheduler import KEPT_VERSIONS, Peer, Scheduler
+
+ROUND_ROBIN = {"schedule__policy": "round_robin", "schedule__clients": 3}
+
+
+@st.composite
+def plays(draw: st.DrawFn, policies: tuple[str, ...] = ("round_robin", "parallel")) -> Play:
+    """Return a run that nobody has begun."""
+    config = draw(configs(policies))
+    return Play(config, draw(sizes_for(config)), draw(st.integers(1, 3)), still=draw(st.booleans()))
+
+
+def assert_restored(play: Play) -> None:
+    """A scheduler that is told the journal again is the live one at every point, and says the same."""
+    live, restored = Scheduler(play.config), Scheduler(play.config)
+    for entry in play.log:
+        assert live.handle(entry) == restored.handle(through_the_journal(entry))
+        assert fingerprint(live) == fingerprint(restored)
+    assert fingerprint(restored) == fingerprint(play.scheduler)
+
+
+class Ledger:
+    """What the instructions alone tell: which leases are open, granted and closed, and what lies on the disk."""
+
+    def __init__(self) -> None:
+        self.read = 0
+        self.open: dict[Lease, bool] = {}
+        self.closed: set[Lease] = set()
+        self.ordered: list[str] = []
+        self.disk: list[str] = []
+
+    def follow(self, play: Play) -> None:
+        for instruction in play.said[self.read :]:
+            match instruction:
+                case Open(job):
+                    assert job.lease not in self.open.keys() | self.closed, "a lease is opened twice"
+                    self.open[job.lease] = False
+                case Grant(job):
+                    assert self.open[job.lease] is False, "a lease is granted twice, or was never opened"
+                    self.open[job.lease] = True
+                case Close(job):
+                    del self.open[job.lease]
+                    self.closed.add(job.lease)
+                case Store(ref):
+                    self.ordered.append(ref.digest)
+                case Discard(digest):
+                    self.disk.remove(digest)
+        self.read = len(play.said)
+
+    def stored(self, digest: str) -> None:
+        self.ordered = [other for other in self.ordered if other != digest]
+        self.disk = [*(other for other in self.disk if other != digest), digest]
+
+
+class Mischief(RuleBasedStateMachine):
+    """Peers that come, go, report late, twice or nonsense, beside some that do as they are told."""
+
+    play: Play
+
+    @initialize(play=plays())
+    def start(self, play: Play) -> None:
+        self.play, self.ledger = play, Ledger()
+        self.commits: list[str] = []
+        play.tell(Started(1))
+
+    def tell(self, event: object) -> None:
+        over = self.play.scheduler.phase == "finished"
+        if not over and isinstance(event, Stored) and event.digest in self.ledger.ordered:
+            self.ledger.stored(event.digest)  # the disk has it before the scheduler knows
+            self.commits = [*(digest for digest in self.commits if digest != event.digest), event.digest]
+        said = self.play.tell(event)
+        assert not (over and said), "a run that is over says something"
+        self.ledger.follow(self.play)
+
+    @rule(number=st.integers(0, 20))
+    def join(self, number: int) -> None:
+        self.tell(self.play.joined(self.play.peers[number % len(self.play.peers)]))
+
+    @rule(count=st.integers(1, 30), random=st.randoms(use_true_random=False))
+    def obey(self, count: int, random: Random) -> None:
+        for peer in self.play.peers:
+            if peer not in self.play.scheduler.peers:
+                self.tell(self.play.joined(peer))
+        for _ in range(count):
+            due = self.play.due()
+            if due:
+                self.tell(random.choice(due))
+
+    @rule(number=st.integers(0, 1000))
+    def repeat(self, number: int) -> None:
+        event = self.play.log[number % len(self.play.log)].event
+        if not isinstance(event, Started):
+            self.tell(event)
+
+    @rule(event=anything(Ready | Done | Stored))
+    def report_nonsense(self, event: Ready | Done | Stored) -> None:
+        before = fingerprint(self.play.scheduler)[1:]
+        self.tell(event)
+        assert fingerprint(self.play.scheduler)[1:] == before
+
+    @rule(epoch=st.integers(1, 3), number=st.integers(0, 40), side=st.sampled_from(["client", "server"]))
+    def report_for_some_lease(self, epoch: int, number: int, side: str) -> None:
+        lease = Lease(epoch, number)
+        work = self.play.scheduler.work.get(lease)
+        if work is None:
+            before = fingerprint(self.play.scheduler)[1:]
+            self.tell(Done(lease, side, "d", Tally()))
+            self.tell(Ready(lease))
+            assert fingerprint(self.play.scheduler)[1:] == before
+        else:
+            self.tell(Ready(lease))
+
+    @rule()
+    def restart_the_broker(self) -> None:
+        self.tell(Started(self.play.scheduler.epoch + 1))
+
+    @precondition(lambda self: self.play.scheduler.phase != "waiting")
+    @rule(number=st.integers(0, 20))
+    def lose(self, number: int) -> None:
+        role, index = self.play.peers[number % len(self.play.peers)]
+        known = (role, index) in self.play.scheduler.peers
+        self.tell(Lost(role, index, "it fell silent"))
+        assert not known or self.play.scheduler.phase == "finished"
+
+    @precondition(lambda self: self.play.scheduler.phase == "waiting")
+    @rule(number=st.integers(0, 20))
+    def leave_before_the_start(self, number: int) -> None:
+        role, index = self.play.peers[number % len(self.play.peers)]
+        self.tell(Lost(role, index, "it left"))
+        assert self.play.scheduler.phase == "waiting"
+
+    @rule()
+    def stop(self) -> None:
+        self.tell(Stopped("Ctrl-C"))
+        assert self.play.scheduler.phase == "finished"
+
+    @invariant()
+    def the_invariants_hold(self) -> None:
+        self.play.scheduler.check()
+
+    @invariant()
+    def the_instructions_tell_the_whole_story(self) -> None:
+        work = self.play.scheduler.work
+        assert self.ledger.open.keys() == work.keys()
+        for lease, granted in self.ledger.open.items():
+            assert granted == (work[lease].ready and isinstance(work[lease].job, Turn | Evaluate))
+        assert set(self.ledger.ordered) == self.play.scheduler.storing.keys()
+
+    @invariant()
+    def nobody_has_two_jobs_and_round_robin_one_turn(self) -> None:
+        scheduler = self.play.scheduler
+        for i in range(self.play.config.schedule.clients):
+            assert len(scheduler.jobs(("client", i))) <= 1
+        turns = [work.job for work in scheduler.work.values() if isinstance(work.job, Turn)]
+        assert self.play.config.schedule.policy == "parallel" or len(turns) <= 1
+
+    @invariant()
+    def the_newest_versions_are_on_the_disk(self) -> None:
+        assert self.ledger.disk == self.play.scheduler.stored
+        assert self.ledger.disk == self.commits[-KEPT_VERSIONS:]
+
+    @invariant()
+    def whatever_an_open_job_may_pull_is_kept_by_who_holds_it(self) -> None:
+        scheduler = self.play.scheduler
+        needed = [ref for work in scheduler.work.values() for ref in refs_of(work.job)]
+        for ref in needed + list(scheduler.storing.values()):
+            role, index = ref.holder.split(".")
+            assert ref.digest in scheduler.kept((role, int(index)))
+
+    def teardown(self) -> None:
+        if hasattr(self, "play"):
+            assert_restored(self.play)
+
+
+Mischief.TestCase.settings = settings(max_examples=60, stateful_step_count=25, deadline=None)
+TestMischief = Mischief.TestCase
+
+
+# Runs that end
+
+
+def turns_of(play: Play) -> list[Turn]:
+    return [said.job for said in play.said if isinstance(said, Grant) and isinstance(said.job, Turn)]
+
+
+def opened(play: Play, kind: type) -> list:
+    return [said.job for said in play.said if isinstance(said, Open) and isinstance(said.job, kind)]
+
+
+@settings(deadline=None)
+@given(plays(), st.randoms(use_true_random=False))
+def test_a_run_with_obedient_peers_ends_with_everything_done_once(play: Play, random: Random) -> None:
+    play.begin().go_on(random.choice)
+    scheduler, config = play.scheduler, play.config
+    assert scheduler.outcome == Finish(True, "the run is finished")
+    assert [said for said in play.said if isinstance(said, Finish)] == [scheduler.outcome]
+    rounds = range(config.run.rounds)
+    assert [said.round for said in play.said if isinstance(said, Announce)] == list(rounds)
+    stages = [stages_of(config, r, {c: scheduler.steps(c) for c in participants(config, r)}) for r in rounds]
+    assert Counter((t.round, t.client, t.first, t.count) for t in turns_of(play)) == Counter(
+        (r, *share) for r in rounds for stage in stages[r] for share in stage
+    )
+    assert [merge.round for merge in opened(play, Merge)] == [r for r in rounds for _ in stages[r]]
+    assert len(opened(play, Init)) == 1
+
+
+@settings(deadline=None)
+@given(plays(), st.randoms(use_true_random=False))
+def test_every_client_with_data_evaluates_when_it_is_due_and_tests_once(play: Play, random: Random) -> None:
+    play.begin().go_on(random.choice)
+    config, clients = play.config, range(play.config.schedule.clients)
+    every = config.run.eval_every
+    due = [r for r in range(config.run.rounds) if every and (r + 1) % every == 0]
+    evaluations = Counter((e.part, e.round, e.client) for e in opened(play, Evaluate))
+    expected = [("validation", r, c) for r in due for c in clients if play.shards[c].validation]
+    expected += [("test", config.run.rounds, c) for c in clients if play.shards[c].test]
+    assert evaluations == Counter(expected)
+    assert play.scheduler.test.samples == sum(shard.test for shard in play.shards)
+    validated = [record.validation.samples for record in play.scheduler.history]
+    assert validated == [sum(s.validation for s in play.shards) if r in due else 0 for r in range(config.run.rounds)]
+
+
+@settings(deadline=None)
+@given(plays(), st.randoms(use_true_random=False))
+def test_rounds_add_up_exactly_and_their_versions_are_stored(play: Play, random: Random) -> None:
+    play.begin().go_on(random.choice)
+    merges = opened(play, Merge)
+    for record in play.scheduler.history:
+        clients = participants(play.config, record.round)
+        epochs = play.config.train.local_epochs
+        assert record.train.samples == epochs * sum(play.shards[c].train for c in clients)
+        assert record.train.steps == sum(play.scheduler.steps(c) for c in clients)
+        assert record.server.samples == record.train.samples
+        last = [merge for merge in merges if merge.round == record.round][-1]
+        assert record.version == play.done(("server", last.server), last).digest
+    stored = [entry.event.digest for entry in play.log if isinstance(entry.event, Stored)]
+    assert {record.version for record in play.scheduler.history} <= set(stored)
+    assert play.scheduler.stored[-1] == play.scheduler.history[-1].version
+
+
+@settings(deadline=None)
+@given(plays(("round_robin",)), st.randoms(use_true_random=False))
+def test_round_robin_grants_every_client_of_the_round_within_as_many_turns_as_there_are(
+    play: Play, random: Random
+) -> None:
+    play.begin().go_on(random.choice)
+    order = [turn.client for turn in turns_of(play)]
+    assert order == [client for r in range(play.config.run.rounds) for client in participants(play.config, r)]
+    clients = play.config.schedule.clients
+    if not play.config.schedule.clients_per_round:
+        for first in range(len(order) - clients + 1):
+            assert set(order[first : first + clients]) == set(range(clients))
+
+
+@settings(deadline=None)
+@given(plays(("parallel",)), st.randoms(use_true_random=False))
+def test_parallel_grants_every_client_of_the_round_before_anyone_twice(play: Play, random: Random) -> None:
+    play.begin().go_on(random.choice)
+    for round_ in range(play.config.run.rounds):
+        clients = participants(play.config, round_)
+        order = [turn.client for turn in turns_of(play) if turn.round == round_]
+        assert sorted(order[: len(clients)]) == clients
+
+
+@settings(deadline=None)
+@given(plays(), st.integers(0, 200), st.randoms(use_true_random=False))
+def test_every_lease_is_closed_once_however_the_run_ends(play: Play, events: int, random: Random) -> None:
+    play.begin().go_on(random.choice, events)
+    play.tell(Lost(*play.peers[random.randrange(len(play.peers))], "it fell silent"))
+    granted = Counter(said.job.lease for said in play.said if isinstance(said, Grant))
+    open_ = Counter(said.job.lease for said in play.said if isinstance(said, Open))
+    assert open_ == Counter(said.job.lease for said in play.said if isinstance(said, Close))
+    assert granted <= open_
+    assert set(open_.values()) == {1}
+    assert [play.scheduler.jobs(peer) for peer in play.peers] == [[]] * len(play.peers)
+
+
+@settings(deadline=None)
+@given(plays(), st.randoms(use_true_random=False))
+def test_a_journal_restores_the_run_at_every_point(play: Play, random: Random) -> None:
+    play.begin()
+    while play.due():
+        if random.random() < 0.05:
+            play.tell(Started(play.scheduler.epoch + 1))
+        play.tell(random.choice(play.due()))
+    assert play.scheduler.phase == "finished"
+    assert_restored(play)
+
+
+@given(anything(Entry))
+def test_a_journal_line_comes_back_as_it_was(entry: Entry) -> None:
+    assert through_the_journal(entry) == entry
+
+
+@pytest.mark.parametrize("loss", [math.nan, math.inf])
+def test_a_journal_line_with_a_loss_that_is_no_number_comes_back(loss: float) -> None:
+    entry = Entry(1.0, Done(Lease(1, 1), "client", "d", Tally(samples=3, loss_sum=loss)))
+    event = through_the_journal(entry).event
+    assert isinstance(event, Done)
+    assert not math.isfinite(event.tally.loss_sum)
+
+
+# The beginning
+
+
+def test_the_run_begins_when_all_clients_and_a_server_are_there() -> None:
+    play = Play(config_of(schedule__clients=2), servers=2)
+    play.tell(Started(1))
+    assert play.scheduler.missing() == ["client 0", "client 1", "a server"]
+    assert play.tell(play.joined(("client", 1))) == []
+    assert play.tell(play.joined(("server", 1))) == []
+    assert play.scheduler.missing() == ["client 0"]
+    assert play.tell(play.joined(("client", 0))) == [Open(Init(lease=Lease(1, 1), server=1))]
+    assert play.scheduler.missing() == []
+
+
+def test_a_peer_that_leaves_before_the_start_is_waited_for_again() -> None:
+    play = Play(config_of(schedule__clients=1))
+    play.tell(Started(1))
+    play.tell(play.joined(("client", 0)))
+    assert play.tell(Lost("client", 0, "it left")) == []
+    assert play.tell(play.joined(("server", 0))) == []
+    assert play.scheduler.missing() == ["client 0"]
+    assert play.tell(play.joined(("client", 0))) != []
+
+
+def test_nothing_is_trained_before_version_0_is_on_the_disk() -> None:
+    play = Play(config_of(**ROUND_ROBIN)).begin()
+    (init,) = play.due()
+    (close, store) = play.tell(init)
+    assert isinstance(close, Close)
+    assert isinstance(store, Store)
+    assert play.scheduler.phase == "initialising"
+    assert [type(said) for said in play.tell(Stored(store.ref.digest))] == [Open]
+    assert play.scheduler.phase == "training"
+
+
+# Turns
+
+
+def test_a_turn_is_granted_when_its_server_is_ready_and_over_when_both_sides_are_done() -> None:
+    play = Play(config_of(**ROUND_ROBIN)).begin().go_on(events=2)
+    (turn,) = opened(play, Turn)
+    server, client = ("server", 0), ("client", 0)
+    assert play.scheduler.jobs(server) == [turn]
+    assert play.scheduler.jobs(client) == []
+    assert play.tell(Ready(turn.lease)) == [Grant(turn)]
+    assert play.tell(Ready(turn.lease)) == []
+    assert play.scheduler.jobs(client) == [turn]
+    assert play.tell(play.done(client, turn)) == []
+    assert play.scheduler.jobs(client) == [turn]
+    close, merge = play.tell(play.done(server, turn))
+    assert close == Close(turn)
+    assert isinstance(merge.job, Merge)
+    assert play.scheduler.jobs(client) == []
+
+
+def test_a_turn_names_everything_that_it_depends_on() -> None:
+    config = config_of(
+        **ROUND_ROBIN, train__batch_size=8, train__local_epochs=2, train__micro_batches=4, plan__window=2
+    )
+    play = Play(config, equal_shards(config, train=20)).begin().go_on(events=2)
+    (turn,) = opened(play, Turn)
+    assert (turn.round, turn.first, turn.count) == (0, 0, 6)
+    assert turn.threads == (1, 2)
+    assert (turn.plan.cut, turn.plan.micro_batches, turn.plan.window) == ("relu", 4, 2)
+    assert turn.base == play.scheduler.version
+
+
+def test_a_window_that_is_not_set_is_the_whole_step() -> None:
+    assert Play(config_of(train__micro_batches=4)).begin().scheduler.plan.window == 4
+
+
+def test_each_turn_of_round_robin_starts_from_what_the_one_before_left() -> None:
+    play = Play(config_of(**ROUND_ROBIN, run__rounds=2)).begin().go_on()
+    merged = [play.done(("server", 0), merge).digest for merge in opened(play, Merge)]
+    bases = [turn.base.digest for turn in turns_of(play)]
+    assert bases[1:] == merged[:-1]
+    for turn, merge in zip(turns_of(play), opened(play, Merge), strict=True):
+        (share,) = merge.inputs
+        assert (share.client, merge.base) == (turn.client, turn.base)
+        assert share.front.digest == play.done(("client", turn.client), turn).digest
+        assert share.back.digest == play.done(("server", turn.server), turn).digest
+
+
+@pytest.mark.parametrize("weighting", ["samples", "uniform"])
+def test_contributions_are_merged_in_client_order_with_their_weights(weighting: str) -> None:
+    config = config_of(
+        schedule__clients=3, schedule__aggregate_every=2, schedule__weighting=weighting, train__batch_size=8
+    )
+    shards = [Prepared(train=train) for train in (30, 12, 3)]
+    play = Play(config, shards).begin().go_on(lambda due: due[-1])
+    weights = [[(c.client, c.weight) for c in merge.inputs] for merge in opened(play, Merge)[:2]]
+    by_samples = [[(0, 16.0), (1, 12.0), (2, 3.0)], [(0, 14.0)]]
+    assert weights == (by_samples if weighting == "samples" else [[(c, 1.0) for c, _ in row] for row in by_samples])
+
+
+def test_parallel_turns_are_shared_out_to_the_servers_evenly() -> None:
+    config = config_of(schedule__clients=4)
+    play = Play(config, servers=3).begin().go_on(events=2)
+    assert [turn.server for turn in opened(play, Turn)] == [0, 1, 2, 0]
+    assert [len(play.scheduler.jobs(("server", k))) for k in range(3)] == [2, 1, 1]
+
+
+@settings(deadline=None)
+@given(plays())
+def test_no_server_ever_has_two_jobs_more_than_another(play: Play) -> None:
+    play.begin()
+    loads = []
+    while due := play.due():
+        said = play.tell(due[0])
+        if sum(isinstance(instruction, Open) for instruction in said) > 1:
+            loads.append([len(play.scheduler.jobs(peer)) for peer in play.peers if peer[0] == "server"])
+    assert all(max(load) - min(load) <= 1 for load in loads)
+
+
+def test_a_server_that_joins_late_gets_turns_too() -> None:
+    config = config_of(schedule__clients=2, run__rounds=2)
+    play = Play(config, servers=1).begin()
+    late: Peer = ("server", 1)
+    play.peers.append(late)
+    play.tell(Joined("server", 1, Prepared(cut="relu")))
+    play.go_on()
+    assert {turn.server for turn in turns_of(play)} == {0, 1}
+    assert play.scheduler.outcome == Finish(True, "the run is finished")
+
+
+def test_averages_are_made_where_a_back_lies() -> None:
+    play = Play(config_of(schedule__clients=3), servers=2).begin().go_on()
+    for merge in opened(play, Merge):
+        assert merge.inputs[0].back.holder == f"server.{merge.server}"
+        assert {share.back.holder for share in merge.inputs} == {"server.0", "server.1"}
+        assert [share.front.holder for share in merge.inputs] == ["client.0", "client.1", "client.2"]
+
+
+# Versions
+
+
+@pytest.mark.parametrize(("every", "per_round"), [(0, 1), (1, 3), (2, 2), (3, 1)])
+def test_round_robin_commits_as_often_as_the_config_says(every: int, per_round: int) -> None:
+    play = Play(config_of(**ROUND_ROBIN, run__rounds=2, run__commit_every=every)).begin().go_on()
+    assert sum(isinstance(said, Store) for said in play.said) == 1 + 2 * per_round
+
+
+def test_turns_go_on_while_a_version_is_being_stored_and_the_next_round_waits_for_it() -> None:
+    play = Play(config_of(**ROUND_ROBIN, run__rounds=2, run__commit_every=1)).begin().go_on(events=2)
+    play.go_on(lambda due: next(event for event in due if not isinstance(event, Stored)), events=4 * 3)
+    while work := [event for event in play.due() if not isinstance(event, Stored)]:
+        play.tell(work[0])
+    assert [(turn.round, turn.client) for turn in turns_of(play)] == [(0, 0), (0, 1), (0, 2)]
+    assert play.scheduler.phase == "validating"
+    held = play.due()
+    assert len(held) == 3
+    for event in held:
+        assert play.scheduler.phase == "validating"
+        play.tell(event)
+    assert (play.scheduler.phase, play.scheduler.round) == ("training", 1)
+
+
+def test_only_the_newest_two_versions_are_kept() -> None:
+    play = Play(config_of(**ROUND_ROBIN, run__rounds=3)).begin().go_on()
+    versions = [said.ref.digest for said in play.said if isinstance(said, Store)]
+    assert [said.digest for said in play.said if isinstance(said, Discard)] == versions[:-KEPT_VERSIONS]
+    assert play.scheduler.stored == versions[-KEPT_VERSIONS:]
+
+
+def test_a_run_that_learns_nothing_never_discards_its_only_version() -> None:
+    play = Play(config_of(**ROUND_ROBIN, run__rounds=3, run__commit_every=1), still=True).begin().go_on()
+    assert not [said for said in play.said if isinstance(said, Discard)]
+    assert len(play.scheduler.stored) == 1
+    assert play.scheduler.outcome == Finish(True, "the run is finished")
+
+
+def test_a_version_that_comes_back_while_it_is_the_oldest_is_not_discarded() -> None:
+    config = config_of(schedule__policy="round_robin", schedule__clients=4, run__commit_every=1)
+    play = Play(config).begin()
+    learnt = iter(["a", "b", "c", "a", "e"])
+
+    def named(event: object) -> object:
+        """Let the versions be these, in order; the disk is busy with the last two at once."""
+        if isinstance(event, Done) and isinstance(play.scheduler.work[event.lease].job, Init | Merge):
+            return Done(event.lease, event.side, next(learnt), event.tally)
+        return event
+
+    while not {"c", "a"} <= play.scheduler.storing.keys():
+        due = [event for event in play.due() if event not in (Stored("c"),)]
+        play.tell(named(due[-1]))
+    assert Discard("a") not in play.tell(Stored("c"))
+
+
+# The end
+
+
+def test_a_peer_that_is_gone_ends_the_run_with_its_name_and_what_was_kept() -> None:
+    play = Play(config_of(**ROUND_ROBIN, run__rounds=2)).begin().go_on(events=8)
+    *closed, finish = play.tell(Lost("client", 2, "no sign of life for 10 s (link.lease_seconds)"))
+    assert [type(said) for said in closed] == [Close]
+    kept = play.scheduler.stored[-1][:12]
+    assert finish == Finish(
+        False,
+        "client 2 is gone: no sign of life for 10 s (link.lease_seconds). "
+        f"The last version, {kept}, is kept (0 of 2 rounds are done), and the folder can be resumed",
+    )
+
+
+def test_a_run_that_ends_before_the_first_version_says_so() -> None:
+    play = Play(config_of(**ROUND_ROBIN)).begin()
+    finish = play.tell(Lost("server", 0, "its connection closed"))[-1]
+    assert finish == Finish(
+        False, "server 0 is gone: its connection closed. Nothing was stored yet: start the run again"
+    )
+
+
+def test_a_run_that_is_stopped_says_why() -> None:
+    play = Play(config_of(**ROUND_ROBIN))
+    play.tell(Started(1))
+    assert play.tell(Stopped("Stopped by Ctrl-C")) == [
+        Finish(False, "Stopped by Ctrl-C. Nothing was stored yet: start the run again")
+    ]
+
+
+def test_a_stranger_that_is_lost_changes_nothing() -> None:
+    play = Play(config_of(**ROUND_ROBIN)).begin()
+    assert play.tell(Lost("server", 5, "it left")) == []
+    assert play.scheduler.outcome is None
+
+
+def test_a_run_that_is_over_takes_in_nothing_more() -> None:
+    play = Play(config_of(**ROUND_ROBIN)).begin().go_on()
+    said = len(play.said)
+    for entry in list(play.log):
+        assert play.tell(entry.event) == []
+    assert play.tell(Stopped("too late")) == []
+    assert len(play.said) == said
+    assert play.scheduler.outcome == Finish(True, "the run is finished")
+
+
+def test_without_any_test_data_the_run_ends_with_its_last_round() -> None:
+    config = config_of(**ROUND_ROBIN, run__rounds=1)
+    play = Play(config, equal_shards(config, validation=0, test=0)).begin().go_on()
+    assert play.scheduler.outcome == Finish(True, "the run is finished")
+    assert opened(play, Evaluate) == []
+
+
+# Leases
+
+
+def test_a_report_for_a_lease_that_is_over_changes_nothing() -> None:
+    play = Play(config_of(**ROUND_ROBIN)).begin().go_on(events=8)
+    before = fingerprint(play.scheduler)[1:]
+    for lease in (Lease(1, 1), Lease(1, 2), NO_SUCH_LEASE):
+        assert play.tell(Done(lease, "server", "d", Tally())) == []
+        assert play.tell(Ready(lease)) == []
+    assert play.tell(Stored("d")) == []
+    assert fingerprint(play.scheduler)[1:] == before
+
+
+@settings(deadline=None)
+@given(plays(), st.randoms(use_true_random=False))
+def test_leases_only_ever_grow_also_across_a_restart_and_open_ones_live_on(play: Play, random: Random) -> None:
+    play.begin()
+    while due := play.due():
+        if random.random() < 0.1:
+            before = list(play.scheduler.work)
+            assert play.tell(Started(play.scheduler.epoch + 1)) == []
+            assert list(play.scheduler.work) == before
+        play.tell(random.choice(due))
+    leases = [said.job.lease for said in play.said if isinstance(said, Open)]
+    assert all(one < other for one, other in pairwise(leases))
+    assert play.scheduler.outcome == Finish(True, "the run is finished")
+
+
+def test_a_config_decides_nothing_but_what_it_says() -> None:
+    """Two schedulers with one config and one journal are the same, whatever else happened in the process."""
+    config: Config = config_of(schedule__clients=3, schedule__clients_per_round=2, run__rounds=3)
+    plays_ = [Play(config).begin().go_on(), Play(config).begin().go_on()]
+    assert fingerprint(plays_[0].scheduler) == fingerprint(plays_[1].scheduler)
