@@ -1,4 +1,4 @@
-"""What the pages show exists: links, commands, keys, files, packages. `python tests/test_readme.py` writes lists anew."""
+"""What the pages show exists: links, commands, keys, packages. `python tests/test_readme.py` writes lists anew."""
 
 import ast
 import re

@@ -26,7 +26,8 @@ from torch import nn
 from zsplit.errors import LocalProtocolError, RemoteProtocolError, StorageError
 from zsplit.wire.frames import CHUNK
 from zsplit.wire.manifest import Entry, Manifest, digest_of
-from zsplit_broker.versions import MAX_OPEN, Outcome, Versions, Writer
+from zsplit_broker.disk import Outcome, Writer
+from zsplit_broker.versions import MAX_OPEN, Versions
 
 State = tuple[Manifest, bytes]
 

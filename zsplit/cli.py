@@ -122,10 +122,11 @@ def cuts(model: str, shape: str | None, num_classes: int, as_json: bool) -> None
     """List every place where MODEL can be cut."""
     import torch
 
-    from zsplit.model import cut_points, zoo
+    from zsplit.model import cut_points
+    from zsplit.model.zoo import build, default_input
 
-    sizes = _shape(shape) if shape else zoo.default_input(model)
-    points = cut_points(zoo.build(model, num_classes, 0, sizes), torch.zeros(2, *sizes))
+    sizes = _shape(shape) if shape else default_input(model)
+    points = cut_points(build(model, num_classes, 0, sizes), torch.zeros(2, *sizes))
     if as_json:
         click.echo(json.dumps([_cut_fields(point) for point in points], indent=2))
     else:

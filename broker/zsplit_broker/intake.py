@@ -5,7 +5,8 @@ from collections.abc import Iterator
 from zsplit.wire.manifest import Manifest
 from zsplit.wire.messages import Chunk, Lease, Pull, Ref
 from zsplit.wire.transfer import Fetch, Sink
-from zsplit_broker.versions import Draft, Versions, Writer
+from zsplit_broker.disk import Writer
+from zsplit_broker.versions import Draft, Versions
 
 NO_LEASE = Lease(0, 0)
 
@@ -48,6 +49,6 @@ class Intake:
         draft = self._draft = self._versions.begin(manifest)
 
         def write(offset: int, data: memoryview) -> None:
-            self._writer.submit("", lambda: draft.write(offset, data))
+            self._writer.submit("", lambda: draft.write(offset, data), data.nbytes)
 
         return write

@@ -6,84 +6,25 @@ once `append` has returned: then it is on the disk. Whatever a crash leaves behi
 promised to nobody, and is cut when the journal is opened. The file `lock` beside it says whose folder this is.
 """
 
-import errno
 import fcntl
 import json
 import os
 import socket
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 from zlib import crc32
 
 from zsplit.errors import LocalProtocolError, StorageError
+from zsplit_broker.disk import PARTIAL, create_file, rename_file, storage_errors, write_all
 
 FORMAT = 1
 """Version of the file's format, in the header."""
 
 JOURNAL = "journal.log"
 LOCK = "lock"
-
-PARTIAL = ".partial"
-"""Ending of a file that is not whole yet; what a crash leaves of it is never read."""
-
-_FULL = (errno.ENOSPC, errno.EDQUOT)
-
-
-@contextmanager
-def storage_errors(folder: Path, need: int, kept: str) -> Iterator[None]:
-    """Turn an OSError into a StorageError that says what to do.
-
-    `need` is how many bytes were to be written in `folder`; `kept` says what is safe all the same.
-    """
-    try:
-        yield
-    except OSError as error:
-        if error.errno in _FULL:
-            megabytes = max(1, -(-need // 1_000_000))
-            sentence = f"the disk of {folder} is full: free {megabytes} MB and resume; {kept}"
-        else:
-            sentence = f"{folder} cannot be used ({error.strerror}): mend that and resume; {kept}"
-        raise StorageError(sentence) from error
-
-
-def sync_folder(folder: Path) -> None:
-    """Make durable which files the folder names. Raises OSError."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def write_all(descriptor: int, data: bytes | memoryview, offset: int) -> None:
-    """Write all of the data at the offset; a single system call may write less. Raises OSError."""
-    rest = memoryview(data)
-    while rest:
-        written = os.pwrite(descriptor, rest, offset)
-        rest, offset = rest[written:], offset + written
-
-
-def create_file(path: Path, size: int) -> int:
-    """Create a file with this many bytes of the disk reserved, where the system can do that. Raises OSError."""
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
-    try:
-        if hasattr(os, "posix_fallocate"):
-            os.posix_fallocate(descriptor, 0, size)
-    except OSError:
-        os.close(descriptor)
-        path.unlink()
-        raise
-    return descriptor
-
-
-def rename_file(descriptor: int, temporary: Path, path: Path) -> None:
-    """Give a finished file its name, durably: first the contents, then the name, then the folder. Raises OSError."""
-    os.fsync(descriptor)
-    temporary.rename(path)
-    sync_folder(path.parent)
 
 
 class Journal:

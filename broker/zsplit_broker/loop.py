@@ -14,7 +14,7 @@ import msgspec
 import zmq
 
 from zsplit.config import Config
-from zsplit.errors import RemoteProtocolError
+from zsplit.errors import RemoteProtocolError, StorageError
 from zsplit.wire import messages
 from zsplit.wire.events import AnyEvent
 from zsplit.wire.frames import (
@@ -43,6 +43,7 @@ from zsplit.wire.messages import (
 from zsplit.wire.wake import Wake
 from zsplit_broker import record
 from zsplit_broker.bulletin import Bulletin
+from zsplit_broker.disk import Writer
 from zsplit_broker.events import (
     Announce,
     Close,
@@ -63,7 +64,7 @@ from zsplit_broker.journal import Journal
 from zsplit_broker.router import BROKER, Router, refuse_protocol
 from zsplit_broker.scheduler import Peer, Scheduler
 from zsplit_broker.sockets import Sockets
-from zsplit_broker.versions import Versions, Writer
+from zsplit_broker.versions import Versions
 
 DRAIN = 64
 """Messages taken from one socket before the others have their turn."""
@@ -72,6 +73,12 @@ PUBLISH_SECONDS = 0.25
 """How often the state of the run and its peers is published."""
 
 UNKNOWN_SESSION = "the broker does not know this session any more: start the peer again"
+
+MAX_PENDING = 64 * 2**20
+"""Bytes that may wait for the disk before the broker pulls no more."""
+
+EXPORT = "export"
+"""Key of the writer's task that makes `model.safetensors`."""
 
 FAREWELL_SECONDS = 1.5
 """How long the broker waits, at the end, for its peers to leave."""
@@ -99,6 +106,7 @@ class Broker:
         self.intakes: dict[str, Intake] = {}
         self.relayed = self.relayed_bytes = 0
         self.stopping = ""
+        self.exported = False
         self._born = time.monotonic()
         self._next_tick = self._next_publish = 0.0
 
@@ -106,11 +114,15 @@ class Broker:
 
     def serve(self) -> Finish:
         """Run until the run is over; return how it ended. A call to `stop` ends it early."""
-        self._take([Started(1)])
+        self.news.append(Started(1))
         while self.scheduler.outcome is None:
-            self._turn(0.1)
-        self._conclude(self.scheduler.outcome)
-        return self.scheduler.outcome
+            try:
+                self._turn(0.1)
+            except StorageError as error:  # the journal cannot be written: nothing may follow any more
+                self.scheduler.handle(Entry(self.now(), Stopped(str(error))))
+        outcome = self._export() if self.scheduler.outcome.ok else self.scheduler.outcome
+        self._conclude(outcome)
+        return outcome
 
     def stop(self, sentence: str) -> None:
         """End the run at the next turn of the loop; safe to call from a signal handler."""
@@ -118,16 +130,26 @@ class Broker:
         self.wake.set()
 
     def close(self) -> None:
-        """End the writer's thread; sockets and journal belong to whoever made them."""
+        """End the writer's thread and let go of the versions; sockets and journal are their makers'."""
         self.writer.close()
+        self.versions.close()
         self.wake.close()
 
+    def _export(self) -> Finish:
+        """Write the merged model, the relay going on meanwhile; return how the run ended after all."""
+        digest = self.scheduler.stored[-1]
+        self.writer.submit(EXPORT, lambda: self.versions.export(digest, self.folder / "model.safetensors"))
+        while not self.exported and not self.stopping:
+            self._turn(0.1)
+        if self.stopping:
+            return Finish(False, f"{self.stopping}. {self.scheduler.kept_sentence()}")
+        return Finish(True, "the run is finished")
+
     def _conclude(self, outcome: Finish) -> None:
-        """Export the model, write the summary, send everybody home."""
-        if outcome.ok:
-            digest = self.scheduler.stored[-1]
-            self.versions.export(digest, self.folder / "model.safetensors")
-        record.write_summary(self.folder, record.summarise(self.scheduler, self.run, self.folder))
+        """Write the summary and send everybody home."""
+        self.scheduler.outcome = outcome
+        with contextlib.suppress(StorageError):  # a full disk is what the outcome tells already
+            record.write_summary(self.folder, record.summarise(self.scheduler, self.run, self.folder))
         self._publish(self.bulletin.state(self.now()))
         self.router.finish = messages.Finish(ok=outcome.ok, sentence=outcome.sentence)
         self._tell(None)
@@ -162,7 +184,7 @@ class Broker:
 
     def _clock(self) -> None:
         now = self.now()
-        if self.stopping:
+        if self.stopping and self.scheduler.outcome is None:
             self.news.append(Stopped(self.stopping))
             self.stopping = ""
         if now >= self._next_tick:
@@ -333,7 +355,7 @@ class Broker:
 
     def _pull(self, intake: Intake) -> None:
         holder = self.router.data_of(intake.ref.holder)
-        if holder is not None:
+        if holder is not None and self.writer.pending_bytes < MAX_PENDING:
             for pull in intake.pulls():
                 self._forward(holder, encode(pull), [])
 
@@ -352,9 +374,13 @@ class Broker:
         for outcome in self.writer.finished():
             if outcome.error is not None:
                 self.stopping = str(outcome.error)
+            elif outcome.key == EXPORT:
+                self.exported = True
             elif outcome.key:
                 del self.intakes[outcome.key]
                 self.news.append(Stored(outcome.key))
+        for intake in self.intakes.values():
+            self._pull(intake)
 
 
 def parties(job: Job) -> set[Peer]:

@@ -6,6 +6,7 @@ import shutil
 import signal
 from collections.abc import Callable
 from contextlib import ExitStack
+from importlib.metadata import version
 from pathlib import Path
 from threading import Thread
 
@@ -30,7 +31,7 @@ def run_broker(config: Config, out: str | None, ready: Callable[[Sockets, Path],
     with ExitStack() as stack:
         sockets = stack.enter_context(bound(config))
         create_folder(folder, config)
-        journal = stack.enter_context(Journal.open(folder, {"run": run}))
+        journal = stack.enter_context(Journal.open(folder, {"run": run, "zsplit": version("zsplit")}))
         broker = Broker(config, run, folder, journal, sockets)
         stack.callback(broker.close)
         for number in (signal.SIGINT, signal.SIGTERM):

@@ -1,12 +1,12 @@
 """The run's folder as a person finds it: config, metrics, summary and the merged model."""
 
 import json
-import os
 from pathlib import Path
 
 from zsplit.config import Config, to_toml
 from zsplit.errors import ConfigError, StorageError
 from zsplit.wire.messages import Tally
+from zsplit_broker.disk import PARTIAL, storage_errors
 from zsplit_broker.scheduler import Scheduler
 from zsplit_broker.tally import add, mean, quantile
 
@@ -39,15 +39,17 @@ def create_folder(folder: Path, config: Config) -> None:
 
 def append_metrics(folder: Path, body: bytes) -> None:
     """Add a round's figures, as they were published, to `metrics.jsonl`."""
-    with (folder / "metrics.jsonl").open("ab") as file:
+    with storage_errors(folder, len(body), "what was stored is intact"), (folder / "metrics.jsonl").open("ab") as file:
         file.write(body + b"\n")
 
 
 def write_summary(folder: Path, summary: dict[str, object]) -> None:
-    """Write `summary.json`, whole or not at all."""
-    draft = folder / "summary.json.part"
-    draft.write_text(json.dumps(summary, indent=2) + "\n")
-    os.replace(draft, folder / "summary.json")
+    """Write `summary.json`, whole or not at all. Raises StorageError."""
+    text = json.dumps(summary, indent=2) + "\n"
+    draft = folder / f"summary.json{PARTIAL}"
+    with storage_errors(folder, len(text), "what was stored is intact"):
+        draft.write_text(text)
+        draft.replace(folder / "summary.json")
 
 
 def summarise(scheduler: Scheduler, run: str, folder: Path) -> dict[str, object]:

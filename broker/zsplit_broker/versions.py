@@ -3,7 +3,7 @@
 `versions/<digest>.safetensors` in the run's folder is a plain safetensors file with all tensors of the
 state, optimizer buffers included; its metadata holds the manifest. A file appears whole or not at all:
 it is written under another name, checked against the digests of its tensors, synced, renamed, and the
-folder synced. `Versions` itself starts no thread; `Writer` is the thread that owns the slow work.
+folder synced. Nothing here starts a thread.
 """
 
 import os
@@ -12,8 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from itertools import count
 from pathlib import Path
-from queue import SimpleQueue
-from threading import Lock, Thread
+from threading import Lock
 from typing import NamedTuple
 
 import msgspec
@@ -21,7 +20,7 @@ import msgspec
 from zsplit.errors import LocalProtocolError, RemoteProtocolError, StorageError
 from zsplit.wire.frames import CHUNK
 from zsplit.wire.manifest import METADATA, Manifest, hasher
-from zsplit_broker.journal import PARTIAL, create_file, rename_file, storage_errors, sync_folder, write_all
+from zsplit_broker.disk import PARTIAL, create_file, rename_file, storage_errors, sync_folder, write_all
 
 SUFFIX = ".safetensors"
 
@@ -239,64 +238,6 @@ class Draft:
 
     def _errors(self) -> AbstractContextManager[None]:
         return storage_errors(self._temporary.parent, self.manifest.nbytes, _INTACT)
-
-
-class Outcome(NamedTuple):
-    """A finished task: its key, and the error that it raised, if any."""
-
-    key: str
-    error: Exception | None
-
-
-class Writer:
-    """The thread that owns the slow work on the disk, so that the relay never waits for it.
-
-    Tasks run in the order of `submit`. `wake` is called on the writer's thread after each; then `finished`
-    has its outcome. All methods belong to the thread that made the writer.
-    """
-
-    def __init__(self, wake: Callable[[], None]) -> None:
-        self.pending_bytes = 0
-        self._wake = wake
-        self._tasks: SimpleQueue[tuple[str, Callable[[], None], int] | None] = SimpleQueue()
-        self._outcomes: SimpleQueue[tuple[Outcome, int]] = SimpleQueue()
-        self._thread = Thread(target=self._work, name="writer", daemon=True)
-        self._thread.start()
-
-    def submit(self, key: str, task: Callable[[], None], nbytes: int = 0) -> None:
-        """Queue a task that holds `nbytes` bytes of memory: they count as pending until it is collected."""
-        self.pending_bytes += nbytes
-        self._tasks.put((key, task, nbytes))
-
-    def finished(self) -> list[Outcome]:
-        """Return the outcomes of tasks that finished since the last call, in order. Never waits."""
-        outcomes = []
-        for _ in range(self._outcomes.qsize()):
-            outcome, nbytes = self._outcomes.get()
-            self.pending_bytes -= nbytes
-            outcomes.append(outcome)
-        return outcomes
-
-    def close(self) -> None:
-        """Finish what was submitted and end the thread. The last outcomes can be collected after it."""
-        self._tasks.put(None)
-        self._thread.join()
-
-    def _work(self) -> None:
-        while (job := self._tasks.get()) is not None:
-            key, task, nbytes = job
-            self._outcomes.put((Outcome(key, _error_of(task)), nbytes))
-            del job, task  # they hold a frame's memory
-            self._wake()
-
-
-def _error_of(task: Callable[[], None]) -> Exception | None:
-    """Run a task. What it raises, bugs too, belongs to whoever submitted it, not to the thread."""
-    try:
-        task()
-    except Exception as error:
-        return error
-    return None
 
 
 def _head(manifest: Manifest, text: str) -> bytes:

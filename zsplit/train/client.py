@@ -18,6 +18,7 @@ from zsplit.train.half import Half, Workshop
 from zsplit.train.link import Fetched, Incoming, Link
 from zsplit.train.machine import describe
 from zsplit.train.schedule import order
+from zsplit.train.state import State
 from zsplit.wire.messages import Evaluate, Held, Lease, Orders, Tally, Turn, bucket_of
 from zsplit.wire.messages import Tensors as TensorsMessage
 
@@ -76,14 +77,13 @@ class Client:
         self.idle, began = 0.0, time.monotonic()
         try:
             self._load(job, half)
-            digest, tally = self._train(job, half) if isinstance(job, Turn) else self._evaluate(job, half)
+            state, tally = self._train(job, half) if isinstance(job, Turn) else self._evaluate(job, half)
         except Revoked:
             return
         self._finished = {job.lease}
-        spent = {"seconds": time.monotonic() - began, "idle": self.idle}
-        self.link.report(
-            Held(lease=job.lease, state="done", digest=digest, tally=msgspec.structs.replace(tally, **spent))
-        )
+        tally = msgspec.structs.replace(tally, seconds=time.monotonic() - began, idle=self.idle)
+        digest = state.digest if state is not None else ""
+        self.link.report(Held(lease=job.lease, state="done", digest=digest, tally=tally), state)
 
     def _half(self, cut: str) -> Half:
         if cut not in self.halves:
@@ -102,7 +102,7 @@ class Client:
 
     # Training
 
-    def _train(self, job: Turn, half: Half) -> tuple[str, Tally]:
+    def _train(self, job: Turn, half: Half) -> tuple[State, Tally]:
         half.part.train()
         durations: Counter[int] = Counter()
         loss_sum, samples = 0.0, 0
@@ -113,10 +113,8 @@ class Client:
             durations[bucket_of(time.monotonic() - began)] += 1
             self.link.report(Held(lease=job.lease, state="running", step=step + 1), at_once=False)
             self._tell(loss, size)
-        state = half.state()
-        self.link.hold(state)
         tally = Tally(steps=job.count, samples=samples, loss_sum=loss_sum, step_seconds=dict(durations))
-        return state.digest, tally
+        return half.state(), tally
 
     def _step(self, job: Turn, half: Half, step: int) -> tuple[float, int]:
         """One mini-batch: one optimizer step on both sides. Return its mean loss and its samples."""
@@ -131,7 +129,7 @@ class Client:
             if action == "forward":
                 x, y = slices[micro]
                 with randomness(self.config.run.seed, self.index, job.round, step, micro):
-                    outputs[micro] = half.part(x.to(self.workshop.device))
+                    outputs[micro] = half.part(x.to(half.device))
                 sent = [encode("smashed", outputs[micro], job.plan.up), encode("labels", y)]
                 self.link.send_tensors(job.lease, "train", step, micro, 0, sent, scalars)
             else:
@@ -163,7 +161,7 @@ class Client:
     # Evaluation
 
     @torch.no_grad()
-    def _evaluate(self, job: Evaluate, half: Half) -> tuple[str, Tally]:
+    def _evaluate(self, job: Evaluate, half: Half) -> tuple[None, Tally]:
         half.part.eval()
         total: Counter[str] = Counter()
         sent = answered = 0
@@ -171,14 +169,14 @@ class Client:
             if sent - answered == EVALUATION_WINDOW:
                 total.update(self._answer(job.lease, answered, 0).message.scalars)
                 answered += 1
-            smashed = half.part(inputs.to(self.workshop.device))
+            smashed = half.part(inputs.to(half.device))
             frames = [encode("smashed", smashed, job.plan.up), encode("labels", labels)]
             self.link.send_tensors(job.lease, "eval", sent, 0, 0, frames, {})
             sent += 1
         for step in range(answered, sent):
             total.update(self._answer(job.lease, step, 0).message.scalars)
         samples, top1, top5 = (int(total[name]) for name in ("samples", "top1", "top5"))
-        return "", Tally(steps=sent, samples=samples, loss_sum=total["loss"], top1=top1, top5=top5)
+        return None, Tally(steps=sent, samples=samples, loss_sum=total["loss"], top1=top1, top5=top5)
 
     # Waiting
 

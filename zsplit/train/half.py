@@ -45,7 +45,7 @@ class Workshop:
         return self._half(self.traced.split(cut)[1], self.config.train.server_rate)
 
     def _half(self, part: Part, rate: float) -> "Half":
-        return Half(deepcopy(part).to(self.device), self.config, rate)
+        return Half(deepcopy(part).to(self.device), self.config, rate, self.device)
 
     def clip_scale(self, norms: Mapping[str, Tensor]) -> float:
         """Return what all gradients are multiplied by so that their global norm is at most `train.clip_norm`.
@@ -65,8 +65,9 @@ class Workshop:
 class Half:
     """A front or a back. `load` before each turn, train it, then take its `state`."""
 
-    def __init__(self, part: Part, config: Config, rate: float) -> None:
+    def __init__(self, part: Part, config: Config, rate: float, device: torch.device) -> None:
         self.part = part
+        self.device = device
         self.parameters: list[nn.Parameter] = [p for p in part.parameters() if p.requires_grad]
         self.optimizer = make_optimizer(self.parameters, config, rate) if self.parameters else None
         self._names = frozenset(part.state_dict())

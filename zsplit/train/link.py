@@ -166,17 +166,17 @@ class Link:
             self._prepared = prepared
         self._beat_now()
 
-    def report(self, held: Held, at_once: bool = True) -> None:
-        """Tell the broker how far a job is: at once, or with the next beat."""
+    def report(self, held: Held, state: State | None = None, at_once: bool = True) -> None:
+        """Tell the broker how far a job is: at once, or with the next beat.
+
+        `state` is the job's result, whose digest `held` names: it is kept and served until nobody needs it.
+        """
         with self._lock:
             self._held[held.lease] = held
+            if state is not None:
+                self._states[state.digest] = state
         if at_once:
             self._beat_now()
-
-    def hold(self, state: State) -> None:
-        """Keep a state, and serve it, until the broker needs it no more. Call before reporting its job done."""
-        with self._lock:
-            self._states[state.digest] = state
 
     def fetch(self, lease: Lease, ref: Ref, wanted: Callable[[str], bool] = lambda _: True) -> None:
         """Ask for a state, or the tensors in it that are wanted by name; it arrives as `Fetched`."""
@@ -251,10 +251,15 @@ class Link:
                 self._turn()
             self._leave()
         except ZsplitError as error:
-            self._welcomed.put(error)
-            self._events.put(Ended(error))
+            self._end(error)
+        except Exception as error:  # a bug, but the trainer must not wait for ever
+            self._end(LinkError(f"The link to the broker failed with {type(error).__name__}: {error}"))
         finally:
             context.destroy(linger=500)
+
+    def _end(self, error: ZsplitError) -> None:
+        self._welcomed.put(error)
+        self._events.put(Ended(error))
 
     def _socket(self, context: zmq.Context[zmq.Socket[bytes]], max_frame: int) -> zmq.Socket[bytes]:
         made = context.socket(zmq.DEALER)

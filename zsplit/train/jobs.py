@@ -1,0 +1,223 @@
+"""What a server does under a lease: make version 0, merge, train, evaluate.
+
+A job asks for the state that it needs when it begins, and then reacts to what comes.
+"""
+
+import time
+from collections.abc import Mapping
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from zsplit.codec import encode
+from zsplit.config import Config
+from zsplit.errors import ConfigError, RemoteProtocolError
+from zsplit.model import randomness
+from zsplit.train.aggregate import Part, merge
+from zsplit.train.half import Half, Workshop
+from zsplit.train.link import Fetched, Incoming, Link
+from zsplit.train.state import State, Tensors
+from zsplit.wire.manifest import LOCAL
+from zsplit.wire.messages import Evaluate, Held, Init, Lease, Merge, Step, Tally, Turn
+from zsplit.wire.messages import Tensors as TensorsMessage
+
+
+class Handler(Protocol):
+    """A job in the server's hands."""
+
+    def begin(self) -> None:
+        """Ask for what the job needs."""
+
+    def fetched(self, event: Fetched) -> None:
+        """Take in a state that the job asked for."""
+
+    def incoming(self, event: Incoming) -> None:
+        """Take in tensors of the job's client."""
+
+
+class Initialising:
+    """Version 0: the model as it was built from the seed, or as the user's script made it."""
+
+    def __init__(self, link: Link, job: Init, workshop: Workshop) -> None:
+        self.link, self.job, self.workshop = link, job, workshop
+
+    def begin(self) -> None:
+        finish(self.link, self.job.lease, self.workshop.initial(), Tally())
+
+    def fetched(self, event: Fetched) -> None:
+        """Nothing is asked for."""
+
+    def incoming(self, event: Incoming) -> None:
+        """No client takes part."""
+
+
+class Merging:
+    """Contributions to a version. The base is asked for as well: it has what peers keep for themselves."""
+
+    def __init__(self, link: Link, job: Merge) -> None:
+        self.link, self.job = link, job
+        self.refs = [job.base, *(ref for c in job.inputs for ref in (c.front, c.back))]
+        self.states: dict[str, Tensors] = {}
+
+    def begin(self) -> None:
+        for ref in {ref.digest: ref for ref in self.refs}.values():
+            self.link.fetch(self.job.lease, ref, keeps if ref is self.job.base else everything)
+
+    def fetched(self, event: Fetched) -> None:
+        self.states[event.ref.digest] = event.tensors
+        if len(self.states) == len({ref.digest for ref in self.refs}):
+            began = time.monotonic()
+            parts = [
+                Part(c.weight, {**self.states[c.front.digest], **self.states[c.back.digest]}) for c in self.job.inputs
+            ]
+            merged = State.of(merge(self.states[self.job.base.digest], parts))
+            finish(self.link, self.job.lease, merged, Tally(seconds=time.monotonic() - began))
+
+    def incoming(self, event: Incoming) -> None:
+        """No client takes part."""
+
+
+class Training:
+    """The server's side of a turn: forward and backward for each micro-batch, and the step with the last one."""
+
+    def __init__(self, link: Link, job: Turn, config: Config, half: Half) -> None:
+        self.link, self.job, self.config, self.half = link, job, config, half
+        self.half.keep_for(None if config.schedule.policy == "round_robin" else job.client)
+        self.at = (job.first, 0)
+        self.samples = 0
+        self.busy = 0.0
+
+    def begin(self) -> None:
+        self.link.fetch(self.job.lease, self.job.base, self.half.wants)
+
+    def fetched(self, event: Fetched) -> None:
+        self.half.load(event.tensors)
+        self.half.part.train()
+        self.link.report(Held(lease=self.job.lease, state="ready"))
+
+    def incoming(self, event: Incoming) -> None:
+        began = time.monotonic()
+        match event.message:
+            case Step(step=step, scale=scale) if (step, -1) == self.at:
+                self.half.scale_gradients(scale)
+                self._step(step)
+            case TensorsMessage(step=step, micro=micro) if (step, micro) == self.at:
+                self._micro_batch(event.message, event.tensors)
+            case message:
+                raise RemoteProtocolError(
+                    f"Client {self.job.client} sent {type(message).__name__} of step {message.step} out of order"
+                )
+        self.busy += time.monotonic() - began
+        if self.at[0] == self.job.first + self.job.count:
+            self._finish()
+
+    def _micro_batch(self, message: TensorsMessage, tensors: dict[str, Tensor]) -> None:
+        smashed, labels = pair(tensors, self.half.device)
+        smashed.requires_grad_()
+        batch, micros = whole(message, "batch"), whole(message, "micros")
+        with randomness(self.config.run.seed, self.job.client, self.job.round, message.step, message.micro):
+            outputs = self.half.part(smashed)
+        loss = cross_entropy(outputs, labels)
+        torch.autograd.backward(loss * (len(labels) / batch))
+        self.samples += len(labels)
+        last = message.micro == micros - 1
+        clipping = last and self.config.train.clip_norm > 0
+        self._reply(message, smashed, loss, clipping)
+        if clipping:
+            self.at = (message.step, -1)
+        elif last:
+            self._step(message.step)
+        else:
+            self.at = (message.step, message.micro + 1)
+
+    def _reply(self, message: TensorsMessage, smashed: Tensor, loss: Tensor, norms: bool) -> None:
+        gradient = smashed.grad if smashed.grad is not None else torch.zeros_like(smashed)
+        sent = [encode("gradients", gradient, self.job.plan.down)]
+        if norms:
+            sent.append(encode("norms", self.half.gradient_norms()))
+        lease, step, micro = self.job.lease, message.step, message.micro
+        self.link.send_tensors(lease, "train", step, micro, 1, sent, {"loss": float(loss.detach())})
+
+    def _step(self, step: int) -> None:
+        self.half.step()
+        self.at = (step + 1, 0)
+        self.link.report(Held(lease=self.job.lease, state="running", step=step + 1), at_once=False)
+
+    def _finish(self) -> None:
+        tally = Tally(steps=self.job.count, samples=self.samples, seconds=self.busy)
+        finish(self.link, self.job.lease, self.half.state(), tally)
+
+
+class Evaluating:
+    """The server's side of an evaluation: forward only; loss, top-1 and top-5 are summed over samples."""
+
+    def __init__(self, link: Link, job: Evaluate, half: Half) -> None:
+        self.link, self.job, self.half = link, job, half
+
+    def begin(self) -> None:
+        self.link.fetch(self.job.lease, self.job.base, self.half.wants)
+
+    def fetched(self, event: Fetched) -> None:
+        self.half.load(event.tensors)
+        self.half.part.eval()
+        self.link.report(Held(lease=self.job.lease, state="ready"))
+
+    @torch.no_grad()
+    def incoming(self, event: Incoming) -> None:
+        message = event.message
+        if not isinstance(message, TensorsMessage):
+            raise RemoteProtocolError(f"Client {self.job.client} sent {type(message).__name__} in an evaluation")
+        smashed, labels = pair(event.tensors, self.half.device)
+        scores = score(self.half.part(smashed), labels)
+        self.link.send_tensors(self.job.lease, "eval", message.step, message.micro, 1, [], scores)
+
+
+def finish(link: Link, lease: Lease, state: State, tally: Tally) -> None:
+    """Say that a job is done, with its result."""
+    link.report(Held(lease=lease, state="done", digest=state.digest, tally=tally), state)
+
+
+def pair(tensors: Mapping[str, Tensor], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return smashed data and labels, on the device. Raises RemoteProtocolError where they do not belong together."""
+    if tensors.keys() != {"smashed", "labels"} or len(tensors["smashed"]) != len(tensors["labels"]):
+        shapes = {name: list(tensor.shape) for name, tensor in tensors.items()}
+        raise RemoteProtocolError(f"Smashed data and as many labels were expected, {shapes} came")
+    return tensors["smashed"].to(device), tensors["labels"].to(device)
+
+
+def whole(message: TensorsMessage, name: str) -> int:
+    """Return a positive whole number among the scalars. Raises RemoteProtocolError where it is none."""
+    value = message.scalars.get(name, 0.0)
+    if value < 1 or value != int(value):
+        raise RemoteProtocolError(f"The header of a micro-batch has {name} = {value}")
+    return int(value)
+
+
+def cross_entropy(outputs: Tensor, labels: Tensor) -> Tensor:
+    """Return the mean loss of logits (N, classes). Raises ConfigError for a label that has no output."""
+    if outputs.ndim != 2:
+        raise ConfigError(f"The model's output has {outputs.ndim} dimensions: training needs logits (batch, classes).")
+    return F.cross_entropy(outputs, labels)
+
+
+def score(outputs: Tensor, labels: Tensor) -> dict[str, float]:
+    """Return loss, top-1 and top-5 summed over samples, in float64 and exactly."""
+    losses = F.cross_entropy(outputs, labels, reduction="none").double().sum()
+    ranked = outputs.topk(min(5, outputs.shape[1]), dim=1).indices == labels[:, None]
+    return {
+        "loss": float(losses),
+        "top1": float(ranked[:, 0].sum()),
+        "top5": float(ranked.any(dim=1).sum()),
+        "samples": float(len(labels)),
+    }
+
+
+def keeps(name: str) -> bool:
+    """Whether a tensor of the base is needed to merge: only what peers keep for themselves."""
+    return name.startswith(LOCAL)
+
+
+def everything(_: str) -> bool:
+    return True
