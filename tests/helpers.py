@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import msgspec
+from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from msgspec import inspect as kinds
 
@@ -14,6 +15,9 @@ from zsplit_broker.events import Done, Entry, Event, Instruction, Joined, Ready,
 from zsplit_broker.scheduler import Peer, Scheduler, Work
 
 NO_SUCH_LEASE = Lease(99, 99)
+
+unhurried = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+"""For a machine that is busy otherwise: how long an example takes is no finding."""
 
 
 def config_of(**values: object) -> Config:
@@ -43,13 +47,15 @@ def _values(kind: kinds.Type) -> st.SearchStrategy[Any]:
             return st.dictionaries(_values(key), _values(value), max_size=3)
         case kinds.LiteralType(values=choices):
             return st.sampled_from(choices)
+        case kinds.IntType(ge=least, le=most):
+            return st.integers(-(2**63) if least is None else least, 2**64 - 1 if most is None else most)
+        case kinds.FloatType(ge=least, le=most):
+            return st.floats(least, most, allow_nan=False, allow_infinity=False)
         case _:
             return SCALARS[type(kind)]
 
 
 SCALARS: dict[type[kinds.Type], st.SearchStrategy[Any]] = {
-    kinds.IntType: st.integers(-(2**63), 2**64 - 1),
-    kinds.FloatType: st.floats(allow_nan=False, allow_infinity=False),
     kinds.StrType: st.text(max_size=8),
     kinds.BytesType: st.binary(max_size=8),
     kinds.BoolType: st.booleans(),
@@ -212,7 +218,8 @@ def fingerprint(scheduler: Scheduler) -> tuple[object, ...]:
     """Return all that a scheduler knows, to compare two of them."""
     work = [(lease, w.job, w.ready, list(w.done.items())) for lease, w in scheduler.work.items()]
     return (
-        (scheduler.phase, scheduler.outcome, scheduler.now, list(scheduler.peers.items())),
+        scheduler.now,
+        (scheduler.phase, scheduler.outcome, list(scheduler.peers.items())),
         (scheduler.epoch, scheduler.number, work),
         (scheduler.round, scheduler.stages, scheduler.stage, scheduler.version),
         (scheduler.contributions, scheduler.storing, scheduler.stored),

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from helpers import unhurried
+from hypothesis import given
 from hypothesis import strategies as st
 from reference import State, average
 from torch import Tensor
@@ -63,13 +64,13 @@ def assert_same_bits(found: dict[str, Tensor], expected: dict[str, Tensor]) -> N
         assert torch.equal(found[name], tensor), name
 
 
-@settings(deadline=None)
+@unhurried
 @given(contributions())
 def test_a_merge_has_the_bits_of_the_reference(shares: list[tuple[State, int]]) -> None:
     assert_same_bits(merge({}, parts(shares)), average(shares))
 
 
-@settings(deadline=None)
+@unhurried
 @given(contributions())
 def test_a_merge_changes_nothing_that_it_was_given(shares: list[tuple[State, int]]) -> None:
     before = [{name: tensor.clone() for name, tensor in state.items()} for state, _ in shares]
@@ -115,16 +116,14 @@ def test_what_peers_keep_for_themselves_outlives_a_round_without_them() -> None:
     mine, old, new = torch.tensor([1.0]), torch.tensor([2.0]), torch.tensor([3.0])
     base = {"w": old, "local/0/momentum_buffer/w": mine, "local/1/momentum_buffer/w": old}
     merged = merge(base, [Part(1.0, {"w": mine, "local/1/momentum_buffer/w": new})])
-    assert_same_bits(
-        merged, {"local/0/momentum_buffer/w": mine, "local/1/momentum_buffer/w": new, "w": mine}
-    )
+    assert_same_bits(merged, {"local/0/momentum_buffer/w": mine, "local/1/momentum_buffer/w": new, "w": mine})
 
 
-@settings(deadline=None)
+@unhurried
 @given(st.lists(st.floats(-1e30, 1e30), min_size=2, max_size=5), st.data())
 def test_a_mean_lies_between_what_it_is_the_mean_of(values: list[float], data: st.DataObject) -> None:
     weights = data.draw(st.lists(st.integers(1, 10**6), min_size=len(values), max_size=len(values)))
-    found = mean([(float(n), torch.tensor([value], dtype=torch.float32)) for n, value in zip(weights, values, strict=True)])
     rounded = torch.tensor(values, dtype=torch.float32)
+    found = mean((float(n), value) for n, value in zip(weights, rounded, strict=True))
     slack = 1e-6 * rounded.abs().max()
     assert rounded.min() - slack <= found <= rounded.max() + slack

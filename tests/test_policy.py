@@ -5,7 +5,7 @@ from itertools import accumulate
 
 import pytest
 import torch
-from helpers import config_of, configs
+from helpers import config_of, configs, unhurried
 from hypothesis import given
 from hypothesis import strategies as st
 from reference import Reference, Settings
@@ -27,6 +27,7 @@ def test_the_examples_in_the_documentation_are_right() -> None:
     assert (tried.failed, tried.attempted > 0) == (0, True)
 
 
+@unhurried
 @given(configs(), st.integers(0, 3), counts)
 def test_every_participant_trains_all_its_steps_once_and_in_order(
     config: Config, round_: int, steps: dict[int, int]
@@ -39,12 +40,14 @@ def test_every_participant_trains_all_its_steps_once_and_in_order(
     assert all(share.steps > 0 for stage in stages for share in stage)
 
 
+@unhurried
 @given(configs(("round_robin",)), st.integers(0, 3), counts)
 def test_round_robin_is_one_client_a_stage_in_order(config: Config, round_: int, steps: dict[int, int]) -> None:
     stages = stages_of(config, round_, steps)
     assert stages == [(Share(client, 0, steps[client]),) for client in participants(config, round_)]
 
 
+@unhurried
 @given(configs(("parallel",)), st.integers(0, 3), counts)
 def test_parallel_clients_begin_together_and_keep_step_until_their_data_is_used_up(
     config: Config, round_: int, steps: dict[int, int]
@@ -65,6 +68,7 @@ def test_parallel_clients_begin_together_and_keep_step_until_their_data_is_used_
     assert [stage[0].first for stage in stages] == [0, *accumulate(lengths[:-1])]
 
 
+@unhurried
 @given(configs(), st.integers(0, 3), st.integers(0, 99))
 def test_the_sample_is_sorted_and_the_one_that_the_reference_draws(config: Config, round_: int, seed: int) -> None:
     schedule = config.schedule

@@ -15,6 +15,7 @@ import pytest
 import zsplit
 from zsplit.cli import cli
 from zsplit.config import keys, load_config
+from zsplit_broker.policy import picture, stages_of
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
@@ -131,7 +132,6 @@ def test_every_make_target_that_is_shown_is_in_the_makefile(page: Path) -> None:
 # Python and the run's folder
 
 
-@pytest.mark.timeout(120)
 def test_the_readme_s_python_runs_as_printed_and_leaves_the_files_it_lists(tmp_path: Path) -> None:
     (code,) = blocks(README, "python")
     assert '"run.rounds": 3}' in code
@@ -186,7 +186,15 @@ def rooms() -> str:
     return "| file | what it is |\n|---|---|\n" + "".join(rows)
 
 
-GENERATED: dict[str, Callable[[], str]] = {"floors": floors, "rooms": rooms}
+def stages() -> str:
+    """Return a round of three clients as each policy makes it."""
+    policies = ({"schedule.policy": "round_robin"}, {"schedule.aggregate_every": 2})
+    configs = (load_config(None, {"schedule.clients": 3, **policy}) for policy in policies)
+    pictures = (picture(stages_of(config, 0, {0: 5, 1: 5, 2: 4})) for config in configs)
+    return "```\n" + "\n\n".join(pictures) + "\n```\n"
+
+
+GENERATED: dict[str, Callable[[], str]] = {"floors": floors, "rooms": rooms, "stages": stages}
 
 
 def parts(page: str) -> Iterator[tuple[str, str]]:

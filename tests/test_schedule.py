@@ -3,6 +3,7 @@
 import doctest
 
 import pytest
+from helpers import unhurried
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -21,6 +22,7 @@ def test_the_examples_in_the_documentation_are_right() -> None:
     assert (tried.failed, tried.attempted > 0) == (0, True)
 
 
+@unhurried
 @given(sizes, sizes)
 def test_every_micro_batch_goes_forward_once_and_backward_once_in_order(micro_batches: int, window: int) -> None:
     actions = list(order(micro_batches, window))
@@ -29,6 +31,7 @@ def test_every_micro_batch_goes_forward_once_and_backward_once_in_order(micro_ba
     assert len(actions) == 2 * micro_batches
 
 
+@unhurried
 @given(sizes, sizes)
 def test_no_more_than_the_window_is_unanswered_and_no_less_than_it_could_be(micro_batches: int, window: int) -> None:
     sent = answered = 0

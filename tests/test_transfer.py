@@ -6,7 +6,8 @@ from random import Random
 from threading import Event
 
 import pytest
-from hypothesis import given, settings
+from helpers import unhurried
+from hypothesis import given
 from hypothesis import strategies as st
 
 from zsplit.errors import RemoteProtocolError
@@ -14,8 +15,9 @@ from zsplit.wire.frames import CHUNK
 from zsplit.wire.manifest import Entry, Manifest, digest_of
 from zsplit.wire.messages import Chunk, Ref
 from zsplit.wire.transfer import CREDIT, MANIFEST, Fetch, Piece, Sink
+from zsplit_broker.disk import Writer
 from zsplit_broker.intake import NO_LEASE, Intake
-from zsplit_broker.versions import Versions, Writer
+from zsplit_broker.versions import Versions
 
 NAMES = ["conv.weight", "conv.bias", "fc.weight", "optimizer/step/fc.weight", "optimizer/momentum_buffer/conv.bias"]
 SIZES = [0, 1, 1000, CHUNK, CHUNK + 1, 5 * CHUNK // 2]
@@ -63,7 +65,7 @@ class Holder:
 moves = st.sampled_from(["ask", "answer", "answer", "repeat", "again"])
 
 
-@settings(deadline=None)
+@unhurried
 @given(states(), st.sets(st.sampled_from(NAMES)), st.lists(moves, max_size=40), st.randoms(use_true_random=False))
 def test_whatever_order_answers_come_in_exactly_the_wanted_bytes_arrive(
     manifest: Manifest, wanted: set[str], moves: list[str], random: Random
@@ -95,6 +97,7 @@ def test_whatever_order_answers_come_in_exactly_the_wanted_bytes_arrive(
     assert holder.received == holder.spans(wanted.__contains__)
 
 
+@unhurried
 @given(states())
 def test_all_tensors_are_wanted_by_default_and_each_kind_is_called_by_its_name(manifest: Manifest) -> None:
     holder = Holder(manifest)
@@ -146,7 +149,9 @@ def test_a_chunk_of_another_length_is_refused_and_can_still_come_right(size: int
     assert fetch.done
 
 
-@pytest.mark.parametrize(("data", "sentence"), [(b"", "not a manifest"), (Manifest(()).encode(), "a manifest with digest")])
+@pytest.mark.parametrize(
+    ("data", "sentence"), [(b"", "not a manifest"), (Manifest(()).encode(), "a manifest with digest")]
+)
 def test_a_manifest_of_another_state_is_refused(data: bytes, sentence: str) -> None:
     manifest = Manifest.of([Entry("fc.weight", "U8", (10,), digest_of(b""))])
     fetch = Fetch(manifest.digest, Holder(manifest).open_sink)

@@ -7,7 +7,7 @@ from typing import Any
 
 import msgspec
 import pytest
-from helpers import anything, damaged
+from helpers import anything, damaged, unhurried
 from hypothesis import example, given
 from hypothesis import strategies as st
 
@@ -53,7 +53,7 @@ F32 = TensorMeta("smashed", "F32", (2, 3), "raw", 24)
 LABELS = TensorMeta("labels", "I64", (2,), "raw", 16)
 
 nested = st.recursive(
-    st.none() | st.booleans() | st.integers(-(2**63), 2**64 - 1) | st.floats() | st.text(max_size=4) | st.binary(max_size=4),
+    st.none() | st.booleans() | st.integers(-(2**63), 2**64 - 1) | st.floats() | st.text() | st.binary(),
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=4), inner, max_size=4),
     max_leaves=8,
 )
@@ -68,19 +68,20 @@ def decoded_or_refused(decode: Decoder, data: bytes) -> Any:
     """Return the message, or None where the bytes were refused with the one error that is allowed."""
     try:
         return decode(data)
-    except RemoteProtocolError as error:
-        assert str(error)
+    except RemoteProtocolError:
         return None
 
 
 # Messages
 
 
+@unhurried
 @given(anything(ControlMessage))
 def test_a_control_message_comes_back_as_it_was(message: ControlMessage) -> None:
     assert decode_control(encode(message)) == message
 
 
+@unhurried
 @given(anything(DataMessage))
 def test_a_data_header_comes_back_as_it_was(message: DataMessage) -> None:
     assert decode_data(encode(message)) == message
@@ -95,11 +96,13 @@ def test_a_loss_that_is_no_number_reaches_the_other_side(loss: float) -> None:
 
 
 @pytest.mark.parametrize("decode", [decode_control, decode_data, decode_event])
+@unhurried
 @given(data=st.binary() | nested.map(msgspec.msgpack.encode) | nested.map(msgspec.json.encode))
 def test_any_bytes_are_a_message_or_one_typed_error(decode: Decoder, data: bytes) -> None:
     decoded_or_refused(decode, data)
 
 
+@unhurried
 @given(damaged(anything(ControlMessage).map(encode)))
 @example(b"\x81\xa4type\xa3h\xff\xff")
 @example(b"\x81\xa1x" + b"\x91" * 100_000)
@@ -108,6 +111,7 @@ def test_damaged_control_messages_are_read_or_refused(data: bytes) -> None:
     assert message is None or isinstance(message, ControlMessage)
 
 
+@unhurried
 @given(damaged(anything(DataMessage).map(encode)))
 @example(b"\x93\xa1\xff\xa0\xa0")
 @example(b"\x93\xa1a" + b"\x91" * (MAX_HEADER - 10))
@@ -116,6 +120,7 @@ def test_damaged_data_headers_are_read_or_refused(data: bytes) -> None:
     assert message is None or isinstance(message, DataMessage)
 
 
+@unhurried
 @given(damaged(anything(ControlMessage).map(encode)) | nested.map(msgspec.msgpack.encode) | st.binary())
 @example(b"\x82\xa4type\xa5hel\xff\xff\xa8protocol\x02")
 @example(b"\x81\xa1x" + b"\x91" * 100_000)
@@ -158,11 +163,13 @@ def test_a_header_that_every_peer_would_refuse_is_a_local_fault() -> None:
         encode(Attach("run", "x" * MAX_HEADER))
 
 
+@unhurried
 @given(st.floats(1e-9, 1e9))
 def test_a_bucket_is_right_to_half_a_percent(seconds: float) -> None:
     assert bucket_seconds(bucket_of(seconds)) == pytest.approx(seconds, rel=0.005)
 
 
+@unhurried
 @given(st.floats(max_value=1e-9, allow_nan=False))
 def test_no_time_at_all_has_a_bucket_too(seconds: float) -> None:
     assert bucket_seconds(bucket_of(seconds)) == pytest.approx(1e-9, rel=0.005)
@@ -191,11 +198,13 @@ def declared(draw: st.DrawFn) -> tuple[DataMessage, list[int]]:
     return message, []
 
 
+@unhurried
 @given(declared())
 def test_frames_as_declared_pass(pair: tuple[DataMessage, list[int]]) -> None:
     check_frames(*pair)
 
 
+@unhurried
 @given(declared(), st.lists(st.integers(0, 2**20), max_size=4))
 def test_frames_of_any_other_number_or_size_are_refused(pair: tuple[DataMessage, list[int]], other: list[int]) -> None:
     message, sizes = pair
@@ -232,8 +241,9 @@ def test_more_frames_than_a_message_may_have_are_refused_even_when_declared() ->
 
 @pytest.mark.parametrize("nbytes", [-1, CHUNK + 1])
 def test_a_chunk_of_a_size_that_nobody_asks_for_is_refused(nbytes: int) -> None:
+    chunk = Chunk("run", "token", LEASE, "client.0", "d", 0, nbytes, "weights")
     with pytest.raises(RemoteProtocolError, match=f"{nbytes}"):
-        check_frames(Chunk("run", "token", LEASE, "client.0", "d", 0, nbytes, "weights"), [nbytes] if nbytes > 0 else [])
+        check_frames(chunk, [max(0, nbytes)])
 
 
 def test_messages_without_tensors_have_no_frames() -> None:
@@ -246,11 +256,13 @@ def test_messages_without_tensors_have_no_frames() -> None:
 # Events
 
 
+@unhurried
 @given(anything(AnyEvent))
 def test_an_event_comes_back_as_it_was(event: AnyEvent) -> None:
     assert decode_event(encode_event(event)) == event
 
 
+@unhurried
 @given(damaged(anything(AnyEvent).map(encode_event)))
 @example(b'{"topic":"log\xff"}')
 @example(b"\xff")
@@ -258,12 +270,6 @@ def test_an_event_comes_back_as_it_was(event: AnyEvent) -> None:
 def test_damaged_events_are_read_or_refused(data: bytes) -> None:
     event = decoded_or_refused(decode_event, data)
     assert event is None or isinstance(event, AnyEvent)
-
-
-@pytest.mark.parametrize("loss", [math.nan, math.inf])
-def test_an_event_with_a_loss_that_is_no_number_can_be_read(loss: float) -> None:
-    event = ClientEvent(index=0, state="training", loss=loss, losses=(1.0, loss))
-    assert isinstance(decode_event(encode_event(event)), ClientEvent)
 
 
 def test_a_topic_names_the_kind_and_where_there_are_several_the_index() -> None:

@@ -199,27 +199,34 @@ def _cut_fields(point: "CutPoint") -> dict[str, object]:
 
 
 def _print_cuts(model: str, shape: Sequence[int], points: "Sequence[CutPoint]") -> None:
+    from rich import box
     from rich.console import Console
     from rich.table import Table
 
-    title = f"{model}, input {'x'.join(map(str, shape))}: {len(points)} places to cut"
-    table = Table(title=title, caption="FLOPs of a forward pass of one sample; a multiply-add counts as two")
-    for column in (
-        "index",
-        "name",
-        "shape",
-        "bytes/sample",
-        "front params",
-        "back params",
-        "front FLOPs",
-        "back FLOPs",
-    ):
-        table.add_column(column, justify="left" if column in ("name", "shape") else "right")
+    table = Table(
+        title=f"{model}, input {'x'.join(map(str, shape))}: {len(points)} places to cut",
+        caption="FLOPs of the forward pass of one sample; a multiply-add counts as two. Exact figures: --json",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+    )
+    for column in FIELDS:
+        text = column in ("name", "shape")
+        table.add_column(column.replace("_", " "), justify="left" if text else "right", overflow="fold")
     for point in points:
         counts = point.bytes_per_sample, point.front_params, point.back_params, point.front_flops, point.back_flops
         size = "x".join(map(str, point.shape))
-        table.add_row(str(point.index), point.name, size, *(f"{count:,}" for count in counts))
-    Console().print(table)
+        table.add_row(str(point.index), point.name, size, *(_short(count) for count in counts))
+    console = Console()
+    console.print(table, width=None if console.is_terminal else 120)
+
+
+def _short(count: int) -> str:
+    """Return a count with three digits and its prefix: 11.2 M."""
+    value, prefixes = float(count), iter(" kMGTP")
+    prefix = next(prefixes)
+    while value >= 999.5:
+        value, prefix = value / 1000, next(prefixes)
+    return f"{value:.3g} {prefix}".rstrip()
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -10,7 +10,7 @@ from hashlib import blake2b
 def derive(seed: int, purpose: str, *parts: int | str) -> int:
     """Return the 63-bit seed for one purpose.
 
-    It is the first 8 bytes, big endian and without the top bit, of the blake2b digest of
+    It is the blake2b digest of 8 bytes, read as a big-endian number and shifted right by one bit, of
     `"{seed}/{purpose}/{part}/{part}…"`. Purposes in use: `init`, `partition`, `validation` (client),
     `order` (client, round, local epoch), `dropout` (client, round, step, micro-batch, node) and
     `sample` (round).

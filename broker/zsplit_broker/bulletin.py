@@ -16,7 +16,7 @@ from zsplit.wire.events import (
     topic,
 )
 from zsplit.wire.messages import Evaluate, Held, Merge, Turn
-from zsplit_broker.events import Event, Joined, Lost, Stopped, Stored
+from zsplit_broker.events import Event, Joined, Lost, Stopped
 from zsplit_broker.router import Router, Session
 from zsplit_broker.scheduler import RoundRecord, Scheduler
 from zsplit_broker.tally import mean
@@ -108,8 +108,6 @@ class Bulletin:
                 yield from self._differences(event)
             case Lost(role=role, index=index, sentence=sentence):
                 yield LogEvent(level="error", who=f"{role}.{index}", text=sentence)
-            case Stored(digest=digest):
-                yield LogEvent(level="info", who="broker", text=f"version {digest[:12]} is stored")
             case Stopped(sentence=sentence):
                 yield LogEvent(level="error", who="broker", text=sentence)
             case _:

@@ -38,8 +38,15 @@ class Intake:
                 "broker",
             )
 
-    def take(self, chunk: Chunk, data: memoryview) -> None:
-        """Take a chunk in. Raises RemoteProtocolError for one that was not asked for or is damaged."""
+    def retry(self) -> None:
+        """Ask anew for what the holder could not give."""
+        self._fetch.retry()
+
+    def take(self, chunk: Chunk, data: memoryview | None) -> None:
+        """Take a chunk in; None is a holder that lacks the state. Raises RemoteProtocolError for a wrong one."""
+        if data is None:
+            self._fetch.refuse(chunk.offset)
+            return
         self._fetch.take(chunk.offset, data)
         if self._fetch.done and self._draft is not None and not self._committing:
             self._committing = True

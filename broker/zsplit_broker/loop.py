@@ -190,6 +190,9 @@ class Broker:
         if now >= self._next_tick:
             self._next_tick = now + self.config.link.beat_seconds / 2
             self.news += self.router.tick(now)
+            for intake in self.intakes.values():
+                intake.retry()
+                self._pull(intake)
         if now >= self._next_publish:
             self._next_publish = now + PUBLISH_SECONDS
             self._publish(self.bulletin.state(now))
@@ -364,7 +367,7 @@ class Broker:
         if intake is None or not isinstance(message, Chunk):
             return
         try:
-            intake.take(message, memoryview(frames[0].buffer) if frames else memoryview(b""))
+            intake.take(message, memoryview(frames[0].buffer) if frames else None)
         except RemoteProtocolError as error:
             self.stop(f"the version from {intake.ref.holder} cannot be stored: {error}")
         self._pull(intake)

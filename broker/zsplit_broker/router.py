@@ -214,6 +214,8 @@ class Router:
         if beat.prepared is not None and session.peer not in self.scheduler.peers:
             yield Joined(role, session.index, beat.prepared)
         for held in beat.held:
+            if held.state == "done" and held.step:
+                session.steps = held.step, held.step
             work = self.scheduler.work.get(held.lease)
             if work is None or not _takes_part(session, work.job):
                 continue
@@ -353,9 +355,11 @@ class Router:
             return None
         if Ref(digest=message.digest, holder=message.source) not in refs_of(work.job):
             return None
-        stamped = msgspec.structs.replace(message, origin=session.name)
         to = self.data_of(message.source)
-        return Route(to, stamped) if to is not None else None
+        if to is not None and session.data is not None:
+            return Route(to, msgspec.structs.replace(message, origin=session.name))
+        lacking = Chunk(self.run, "", message.lease, session.name, message.digest, message.offset, 0, message.what)
+        return Route(session.data, lacking) if session.data is not None else None
 
     def _chunk(self, session: Session, message: Chunk, size: int) -> Route | None:
         ref = Ref(digest=message.digest, holder=session.name)

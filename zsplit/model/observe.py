@@ -1,5 +1,8 @@
 """What one run of a traced forward pass shows about each of its nodes. Nothing real is computed."""
 
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,7 +42,7 @@ def observe(root: nn.Module, graph: fx.Graph, example: Tensor, batch: int) -> di
     runner = _Runner(root, graph)
     state = {**dict(runner.named_parameters()), **dict(runner.named_buffers())}
     try:
-        with torch.inference_mode(False), torch.enable_grad():
+        with torch.inference_mode(False), torch.enable_grad(), _silence("torch._subclasses.fake_tensor"):
             state = {name: fake.from_tensor(tensor) for name, tensor in state.items()}
             with fake:
                 samples = torch.empty(batch, *example.shape[1:], dtype=example.dtype, device=example.device)
@@ -51,6 +54,17 @@ def observe(root: nn.Module, graph: fx.Graph, example: Tensor, batch: int) -> di
             "a model that is cut takes batches of any size, and the example has to be like one of them."
         ) from error
     return runner.observer.facts()
+
+
+@contextmanager
+def _silence(logger: str) -> Iterator[None]:
+    """Keep torch from logging the traceback of an error that is raised as well."""
+    log = logging.getLogger(logger)
+    before, log.disabled = log.disabled, True
+    try:
+        yield
+    finally:
+        log.disabled = before
 
 
 class _Runner(nn.Module):

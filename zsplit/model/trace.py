@@ -8,6 +8,7 @@ from math import prod
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from zsplit.errors import PlanError
 from zsplit.model.part import Part
@@ -63,9 +64,9 @@ class Traced:
 
         Raises PlanError where there is none, naming the nearest ones.
         """
-        if not self.cuts:
-            raise PlanError(f"{self._kind} cannot be cut: nowhere in it does exactly one tensor cross.")
         name = key.name if isinstance(key, CutPoint) else str(key)
+        if not self.cuts:
+            raise PlanError(self._uncuttable(name))
         named = [cut for cut in self.cuts if cut.name == name]
         if named and not isinstance(key, int):
             return named[0]
@@ -118,7 +119,7 @@ class Traced:
             return "what crosses there is not a floating-point tensor with the batch as its first dimension"
         front, back = map(_reads, self._stretches(name))
         if both := sorted(front & back):
-            return f"'{both[0]}' is used on both sides of it, and tied parameters have to stay on one"
+            return f"'{both[0]}' is used on both sides, and tied parameters and shared buffers have to stay on one"
         return ""
 
     def _point(self, index: int, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> CutPoint:
@@ -154,6 +155,13 @@ class Traced:
         if not 0 <= index < len(self.cuts):
             raise PlanError(f"There is no cut {index}: {self._extent()}.")
         return self.cuts[index]
+
+    def _uncuttable(self, name: str) -> str:
+        """Return the sentence for a model without cuts."""
+        for place in (name, *self._refused):
+            if place in self._refused:
+                return f"{self._kind} has no cut: one tensor crosses at '{place}', but {self._refused[place]}."
+        return f"{self._kind} has no cut: nowhere in it does exactly one tensor cross."
 
     def _extent(self) -> str:
         return f"the cuts of {self._kind} go from {self.cuts[0]} to {self.cuts[-1]}, and `zsplit cuts` lists them"
@@ -192,7 +200,9 @@ def trace(model: nn.Module, example: Tensor) -> Traced:
     PlanError for a model that torch.fx cannot follow, and for an example that it cannot run on.
     """
     if example.dim() == 0 or len(example) == 0:
-        raise PlanError("The example is to be a batch of at least one sample: its first dimension is the batch.")
+        raise PlanError(f"An example of shape {list(example.shape)} is no batch: give it a first dimension of samples.")
+    if any(map(is_lazy, (*model.parameters(), *model.buffers()))):
+        raise PlanError(f"{type(model).__name__} has lazy modules without weights: run it once on a batch first.")
     return Traced(model, example)
 
 

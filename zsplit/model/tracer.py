@@ -5,6 +5,7 @@ import inspect
 import math
 import re
 import sys
+from inspect import Parameter
 from itertools import chain, count
 from typing import Any
 
@@ -66,7 +67,7 @@ class DrawWatch(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def _draws(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    if torch.Tag.nondeterministic_seeded not in func.tags:
+    if torch.Tag.nondeterministic_seeded not in getattr(func, "tags", ()):
         return False
     for position, argument in enumerate(func._schema.arguments):
         if argument.name == "dropout_p":  # attention has the tag whether or not it drops anything
@@ -122,14 +123,15 @@ def first_line(error: Exception) -> str:
 
 def _defaults(root: nn.Module) -> dict[str, Any]:
     """Return the defaults of all inputs but the first."""
-    inputs = list(inspect.signature(root.forward).parameters.values())
-    several = [p.name for p in inputs[1:] if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
-    if not inputs or several:
+    signature = inspect.signature(root.forward)
+    first, others = list(signature.parameters.values())[:1], list(signature.parameters.values())[1:]
+    needed = [p for p in others if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    if needed or [p.kind for p in first] not in ([Parameter.POSITIONAL_OR_KEYWORD], [Parameter.POSITIONAL_ONLY]):
         raise PlanError(
-            f"{type(root).__name__}.forward takes {', '.join(p.name for p in inputs) or 'no input'}, "
-            "and a model that is cut takes one tensor: wrap it in a module that does."
+            f"{type(root).__name__}.forward has the inputs {signature}, and a model that is cut takes one tensor: "
+            "wrap it in a module that does."
         )
-    return {p.name: p.default for p in inputs[1:] if p.default is not p.empty}
+    return {p.name: p.default for p in others if p.default is not p.empty}
 
 
 def _drop_further_inputs(graph: fx.Graph, model: str) -> None:

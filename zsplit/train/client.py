@@ -15,9 +15,10 @@ from zsplit.data import ClientData
 from zsplit.errors import RunFailedError
 from zsplit.model import randomness
 from zsplit.train.half import Half, Workshop
-from zsplit.train.link import Fetched, Incoming, Link
-from zsplit.train.machine import describe
+from zsplit.train.link import Incoming, Link
+from zsplit.train.machine import describe, use_threads
 from zsplit.train.schedule import order
+from zsplit.train.shelf import Fetched
 from zsplit.train.state import State
 from zsplit.wire.messages import Evaluate, Held, Lease, Orders, Tally, Turn, bucket_of
 from zsplit.wire.messages import Tensors as TensorsMessage
@@ -83,7 +84,8 @@ class Client:
         self._finished = {job.lease}
         tally = msgspec.structs.replace(tally, seconds=time.monotonic() - began, idle=self.idle)
         digest = state.digest if state is not None else ""
-        self.link.report(Held(lease=job.lease, state="done", digest=digest, tally=tally), state)
+        last = job.first + job.count if isinstance(job, Turn) else 0
+        self.link.report(Held(lease=job.lease, state="done", step=last, digest=digest, tally=tally), state)
 
     def _half(self, cut: str) -> Half:
         if cut not in self.halves:
@@ -93,7 +95,7 @@ class Client:
 
     def _load(self, job: Turn | Evaluate, half: Half) -> None:
         self.link.report(Held(lease=job.lease, state="opening"), at_once=False)
-        self.link.fetch(job.lease, job.base, half.wants)
+        self.link.fetch(job.lease, job.base, half.wants if isinstance(job, Turn) else half.weighs)
         while True:
             event = self._wait(job.lease)
             if isinstance(event, Fetched) and event.lease == job.lease:
@@ -103,6 +105,7 @@ class Client:
     # Training
 
     def _train(self, job: Turn, half: Half) -> tuple[State, Tally]:
+        use_threads(job.threads[0])
         half.part.train()
         durations: Counter[int] = Counter()
         loss_sum, samples = 0.0, 0
@@ -145,7 +148,7 @@ class Client:
 
     def _clip(self, job: Turn, half: Half, step: int, theirs: Tensor) -> None:
         """Scale both sides' gradients by one factor; the server waits for it before it steps."""
-        front, back = self.workshop.traced.split(job.plan.cut)
+        front, back = self.workshop.parts(job.plan.cut)
         norms = {name: norm for (name, _), norm in zip(front.named_parameters(), half.gradient_norms(), strict=True)}
         norms |= {name: norm for (name, _), norm in zip(back.named_parameters(), theirs, strict=True)}
         scale = self.workshop.clip_scale(norms)

@@ -29,6 +29,7 @@ class Workshop:
             else zoo.build(config.model.name, config.model.num_classes, config.run.seed, shape)
         )
         self.traced: Traced = trace(self.model, torch.zeros(2, *shape))
+        self._parts: dict[str, tuple[Part, ...]] = {}
         self.cut = self.traced.cut(config.model.cut if config.model.cut != "" else self._default_cut()).name
 
     def _default_cut(self) -> str | int:
@@ -36,13 +37,19 @@ class Workshop:
         named = zoo.default_cut(self.config.model.name)
         return named if named is not None else self.traced.cuts[len(self.traced.cuts) // 2].index
 
+    def parts(self, cut: str) -> tuple[Part, ...]:
+        """Return front and back of the model itself; cut once for each place."""
+        if cut not in self._parts:
+            self._parts[cut] = self.traced.split(cut)
+        return self._parts[cut]
+
     def front(self, cut: str) -> "Half":
         """Return a new front, on the device."""
-        return self._half(self.traced.split(cut)[0], self.config.train.client_rate)
+        return self._half(self.parts(cut)[0], self.config.train.client_rate)
 
     def back(self, cut: str) -> "Half":
         """Return a new back, on the device."""
-        return self._half(self.traced.split(cut)[1], self.config.train.server_rate)
+        return self._half(self.parts(cut)[1], self.config.train.server_rate)
 
     def _half(self, part: Part, rate: float) -> "Half":
         return Half(deepcopy(part).to(self.device), self.config, rate, self.device)
@@ -82,11 +89,15 @@ class Half:
         own = client is not None and self._carries == "local"
         self._prefix = f"{LOCAL}{client}/" if own else OPTIMIZER
 
+    def weighs(self, name: str) -> bool:
+        """Whether a tensor of a version is a weight or buffer of this half: all that an evaluation needs."""
+        return name in self._names
+
     def wants(self, name: str) -> bool:
-        """Whether a tensor of a version belongs to this half."""
+        """Whether a tensor of a version belongs to this half, its optimizer included."""
         if name.startswith(self._prefix):
             return name.removeprefix(self._prefix).partition("/")[2] in self._names
-        return name in self._names
+        return self.weighs(name)
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
         """Take weights and optimizer buffers from a version. Raises RemoteProtocolError where weights lack."""

@@ -17,7 +17,9 @@ from zsplit.errors import ConfigError, RemoteProtocolError
 from zsplit.model import randomness
 from zsplit.train.aggregate import Part, merge
 from zsplit.train.half import Half, Workshop
-from zsplit.train.link import Fetched, Incoming, Link
+from zsplit.train.link import Incoming, Link
+from zsplit.train.machine import use_threads
+from zsplit.train.shelf import Fetched
 from zsplit.train.state import State, Tensors
 from zsplit.wire.manifest import LOCAL
 from zsplit.wire.messages import Evaluate, Held, Init, Lease, Merge, Step, Tally, Turn
@@ -93,6 +95,7 @@ class Training:
         self.link.fetch(self.job.lease, self.job.base, self.half.wants)
 
     def fetched(self, event: Fetched) -> None:
+        use_threads(self.job.threads[1])
         self.half.load(event.tensors)
         self.half.part.train()
         self.link.report(Held(lease=self.job.lease, state="ready"))
@@ -119,7 +122,8 @@ class Training:
         batch, micros = whole(message, "batch"), whole(message, "micros")
         with randomness(self.config.run.seed, self.job.client, self.job.round, message.step, message.micro):
             outputs = self.half.part(smashed)
-        loss = cross_entropy(outputs, labels)
+        check_labels(tensors["labels"], outputs)
+        loss = F.cross_entropy(outputs, labels)
         torch.autograd.backward(loss * (len(labels) / batch))
         self.samples += len(labels)
         last = message.micro == micros - 1
@@ -157,7 +161,7 @@ class Evaluating:
         self.link, self.job, self.half = link, job, half
 
     def begin(self) -> None:
-        self.link.fetch(self.job.lease, self.job.base, self.half.wants)
+        self.link.fetch(self.job.lease, self.job.base, self.half.weighs)
 
     def fetched(self, event: Fetched) -> None:
         self.half.load(event.tensors)
@@ -170,7 +174,9 @@ class Evaluating:
         if not isinstance(message, TensorsMessage):
             raise RemoteProtocolError(f"Client {self.job.client} sent {type(message).__name__} in an evaluation")
         smashed, labels = pair(event.tensors, self.half.device)
-        scores = score(self.half.part(smashed), labels)
+        outputs = self.half.part(smashed)
+        check_labels(event.tensors["labels"], outputs)
+        scores = score(outputs, labels)
         self.link.send_tensors(self.job.lease, "eval", message.step, message.micro, 1, [], scores)
 
 
@@ -195,11 +201,15 @@ def whole(message: TensorsMessage, name: str) -> int:
     return int(value)
 
 
-def cross_entropy(outputs: Tensor, labels: Tensor) -> Tensor:
-    """Return the mean loss of logits (N, classes). Raises ConfigError for a label that has no output."""
+def check_labels(labels: Tensor, outputs: Tensor) -> None:
+    """Raise ConfigError unless the outputs are logits (batch, classes) with one for each of the labels."""
     if outputs.ndim != 2:
-        raise ConfigError(f"The model's output has {outputs.ndim} dimensions: training needs logits (batch, classes).")
-    return F.cross_entropy(outputs, labels)
+        raise ConfigError(f"The model's output has {outputs.ndim} dimensions: training needs logits (batch, classes)")
+    if int(labels.max()) >= outputs.shape[1]:
+        raise ConfigError(
+            f"The data has the label {int(labels.max())}, the model only {outputs.shape[1]} outputs: "
+            "give it one for each class (model.num_classes)"
+        )
 
 
 def score(outputs: Tensor, labels: Tensor) -> dict[str, float]:

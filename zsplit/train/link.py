@@ -20,9 +20,10 @@ from torch import Tensor
 
 from zsplit.codec import decode
 from zsplit.config import from_json
-from zsplit.errors import LinkError, RemoteProtocolError, ZsplitError
+from zsplit.errors import LinkError, ZsplitError
 from zsplit.greeting import RETRY_SECONDS, greet, parse_address
-from zsplit.train.state import Arriving, State, Tensors
+from zsplit.train.shelf import Fetched, Shelf, Transfer
+from zsplit.train.state import State
 from zsplit.wire.frames import (
     CHUNK,
     MAX_CONTROL,
@@ -32,7 +33,6 @@ from zsplit.wire.frames import (
     decode_data,
     encode,
 )
-from zsplit.wire.manifest import Manifest
 from zsplit.wire.messages import (
     PROTOCOL,
     Attach,
@@ -61,7 +61,6 @@ from zsplit.wire.messages import (
     What,
 )
 from zsplit.wire.messages import Tensors as TensorsMessage
-from zsplit.wire.transfer import MANIFEST, Fetch, Sink
 from zsplit.wire.wake import Wake
 
 CONNECT_SECONDS = 60.0
@@ -75,14 +74,6 @@ class Incoming(NamedTuple):
     tensors: dict[str, Tensor]
 
 
-class Fetched(NamedTuple):
-    """A state, or the wanted part of one, that the trainer asked for under a lease."""
-
-    lease: Lease
-    ref: Ref
-    tensors: Tensors
-
-
 class Ended(NamedTuple):
     """The link is over, for the reason given."""
 
@@ -92,45 +83,24 @@ class Ended(NamedTuple):
 Event = Orders | Incoming | Fetched | Ended
 
 
-class Transfer:
-    """A fetch under way: what is asked for, for which lease, from whom, and where it goes."""
-
-    def __init__(self, lease: Lease, ref: Ref, wanted: Callable[[str], bool]) -> None:
-        self.lease = lease
-        self.ref = ref
-        self.fetch = Fetch(ref.digest, self._open, wanted)
-        self._wanted = wanted
-        self._arriving: Arriving | None = None
-
-    def _open(self, manifest: Manifest) -> Sink:
-        self._arriving = Arriving(manifest, self._wanted)
-        return self._arriving.write
-
-    def finish(self) -> Fetched:
-        if self._arriving is None:
-            raise RemoteProtocolError(f"state {self.ref.digest} came without its manifest")
-        return Fetched(self.lease, self.ref, self._arriving.finish())
-
-
 class Link:
     """The connection. `join` starts it; afterwards the trainer reads `next` and calls the verbs below it."""
 
     def __init__(self, address: str, role: Role, index: int = -1, say: Callable[[str], None] = lambda _: None) -> None:
         self.address = address
         self._host, _ = parse_address(address)
-        self._role: Role = role
-        self._index = index
         self._say = say
-        self._instance = uuid.uuid4().hex
+        self._hello = Hello(
+            protocol=PROTOCOL, role=role, index=index, instance=uuid.uuid4().hex, host=socket.gethostname()
+        )
         self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
         self._welcomed: queue.SimpleQueue[Welcome | ZsplitError] = queue.SimpleQueue()
         self._wake = Wake()
         self._lock = threading.Lock()
         self._outbox: deque[tuple[bytes, list[memoryview]]] = deque()
         self._messages: deque[ControlMessage] = deque()
-        self._transfers: dict[str, Transfer] = {}
+        self._shelf = Shelf()
         self._held: dict[Lease, Held] = {}
-        self._states: dict[str, State] = {}
         self._prepared: Prepared | None = None
         self._beat_due = 0.0
         self._attached = False
@@ -174,20 +144,17 @@ class Link:
         with self._lock:
             self._held[held.lease] = held
             if state is not None:
-                self._states[state.digest] = state
+                self._shelf.put(state)
         if at_once:
             self._beat_now()
 
     def fetch(self, lease: Lease, ref: Ref, wanted: Callable[[str], bool] = lambda _: True) -> None:
         """Ask for a state, or the tensors in it that are wanted by name; it arrives as `Fetched`."""
-        with self._lock:
-            state = self._states.get(ref.digest)
-        if state is not None:
-            self._events.put(Fetched(lease, ref, state.tensors(wanted)))
-            return
-        with self._lock:
-            self._transfers[f"{lease} {ref.digest}"] = Transfer(lease, ref, wanted)
-        self._wake.set()
+        fetched = self._shelf.fetch(lease, ref, wanted)
+        if fetched is not None:
+            self._events.put(fetched)
+        else:
+            self._wake.set()
 
     def send_tensors(
         self,
@@ -245,8 +212,8 @@ class Link:
             self._control = self._socket(context, MAX_CONTROL)
             self._control.connect(f"tcp://{self.address}")
             self._data = self._socket(context, -1)
-            welcome = self._greet()
-            self._enter(welcome)
+            seconds, closing = self._connect_seconds, lambda: self._closing
+            self._enter(greet(self._control, self.address, self._hello, seconds, self._say, closing))
             while not self._closing:
                 self._turn()
             self._leave()
@@ -273,16 +240,6 @@ class Link:
         if self._host.startswith("["):
             made.setsockopt(zmq.IPV6, 1)
         return made
-
-    def _greet(self) -> Welcome:
-        hello = Hello(
-            protocol=PROTOCOL,
-            role=self._role,
-            index=self._index,
-            instance=self._instance,
-            host=socket.gethostname(),
-        )
-        return greet(self._control, self.address, hello, self._connect_seconds, self._say, lambda: self._closing)
 
     def _enter(self, welcome: Welcome) -> None:
         self.config = from_json(welcome.config)
@@ -311,7 +268,10 @@ class Link:
         now = time.monotonic()
         if now >= self._beat_due:
             self._beat_due = now + self.config.link.beat_seconds
+            if now - self._heard > 2.5 * self.config.link.beat_seconds:
+                self._send_control(self._hello)  # the connection may be a new one, which the broker does not know yet
             self._send_control(self._beat(now))
+            self._shelf.again()
         if not self._attached and now >= self._attach_due:
             self._attach_due = now + RETRY_SECONDS
             self._send_data(encode(Attach(self._run, self._session)), [])
@@ -332,8 +292,8 @@ class Link:
                 session=self._session,
                 sent=now,
                 held=tuple(self._held.values()),
-                have=tuple(self._states),
-                prepared=self._prepared,
+                have=self._shelf.digests(),
+                prepared=self._prepared if self._attached else None,
             )
 
     def _receive_control(self) -> None:
@@ -341,6 +301,8 @@ class Link:
         self._heard = time.monotonic()
         if isinstance(message, Refused):
             raise LinkError(message.sentence)
+        if isinstance(message, Welcome) and message.session != self._session:
+            raise LinkError("The broker had given this peer up and does not know its session any more: start it again")
         if isinstance(message, Orders) and message.revision > self._revision:
             self._revision = message.revision
             self._obey(message)
@@ -350,9 +312,7 @@ class Link:
         leases = {job.lease for job in orders.jobs}
         with self._lock:
             self._held = {lease: held for lease, held in self._held.items() if lease in leases}
-            keep = {*orders.keep, *(held.digest for held in self._held.values())}
-            self._states = {digest: state for digest, state in self._states.items() if digest in keep}
-            self._transfers = {k: t for k, t in self._transfers.items() if t.lease in leases}
+            self._shelf.keep({*orders.keep, *(held.digest for held in self._held.values())}, leases)
         self._events.put(orders)
 
     def _send_control(self, message: ControlMessage) -> None:
@@ -389,7 +349,9 @@ class Link:
             case Pull():
                 self._serve(message)
             case Chunk():
-                self._arrive(message, buffers)
+                fetched = self._shelf.take(message, buffers[0] if buffers else None)
+                if fetched is not None:
+                    self._events.put(fetched)
             case Attached():
                 self._attached = True
             case Detached() if self._attached:
@@ -398,47 +360,18 @@ class Link:
                 pass
 
     def _serve(self, pull: Pull) -> None:
-        """Answer a pull from the states held here; without a frame where this one is not held."""
-        with self._lock:
-            state = self._states.get(pull.digest)
-        if state is None:
-            data = memoryview(b"")
-        elif pull.offset == MANIFEST:
-            data = memoryview(state.manifest.encode())
-        else:
-            data = state.read(pull.offset, min(pull.length, CHUNK))
+        """Answer a pull from the states held here."""
+        data = self._shelf.serve(pull)
         header = Chunk(
-            self._run,
-            self._session,
-            pull.lease,
-            pull.origin,
-            pull.digest,
-            pull.offset,
-            data.nbytes,
-            pull.what,
+            self._run, self._session, pull.lease, pull.origin, pull.digest, pull.offset, data.nbytes, pull.what
         )
         self._outbox.append((encode(header), [data] if data.nbytes else []))
-
-    def _arrive(self, chunk: Chunk, buffers: list[memoryview]) -> None:
-        key = f"{chunk.lease} {chunk.digest}"
-        transfer = self._transfers.get(key)
-        if transfer is None:
-            return
-        if not buffers:
-            raise RemoteProtocolError(f"{transfer.ref.holder} no longer holds state {chunk.digest}")
-        transfer.fetch.take(chunk.offset, buffers[0])
-        if transfer.fetch.done:
-            with self._lock:
-                self._transfers.pop(key, None)
-            self._events.put(transfer.finish())
 
     def _send_all(self) -> None:
         while self._messages:
             self._send_control(self._messages.popleft())
-        with self._lock:
-            transfers = list(self._transfers.values())
-        for transfer in transfers if self._attached else ():
-            for piece in transfer.fetch.want():
+        if self._attached:
+            for transfer, piece in self._shelf.wants():
                 self._outbox.append((encode(self._pull(transfer, *piece)), []))
         while self._outbox and self._attached:
             if not self._send_data(*self._outbox[0]):

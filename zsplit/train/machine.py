@@ -28,6 +28,12 @@ def set_up(config: Config, threads: int) -> None:
     torch.use_deterministic_algorithms(config.run.deterministic)
 
 
+def use_threads(threads: int) -> None:
+    """Compute with as many threads as the grant says: the last bits of a turn depend on it."""
+    if threads and threads != torch.get_num_threads():
+        torch.set_num_threads(threads)
+
+
 def describe(device: torch.device, cut: str, train: int = 0, validation: int = 0, test: int = 0) -> Prepared:
     """Return what this peer tells the broker once it is ready. Sizes in samples."""
     return Prepared(

@@ -11,8 +11,9 @@ from zsplit.config import Config
 from zsplit.errors import RunFailedError
 from zsplit.train.half import Half, Workshop
 from zsplit.train.jobs import Evaluating, Handler, Initialising, Merging, Training
-from zsplit.train.link import Fetched, Incoming, Link
+from zsplit.train.link import Incoming, Link
 from zsplit.train.machine import describe
+from zsplit.train.shelf import Fetched
 from zsplit.wire.messages import Evaluate, Finish, Init, Job, Lease, Merge, Orders, Turn
 from zsplit.wire.messages import Tensors as TensorsMessage
 

@@ -19,7 +19,7 @@ CHUNK = 4 * 1024 * 1024
 """Bytes of a state that travel in one frame at most."""
 
 MAX_FRAMES = 8
-"""Frames of a data message, the header included."""
+"""Frames behind the header of a data message."""
 
 ITEMSIZE = {
     "BOOL": 1, "U8": 1, "I8": 1, "I16": 2, "U16": 2, "F16": 2, "BF16": 2, "I32": 4, "U32": 4, "F32": 4,

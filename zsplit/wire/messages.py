@@ -282,8 +282,9 @@ class TensorMeta(msgspec.Struct, frozen=True, array_like=True):
 class Tensors(Data, frozen=True, tag="t"):
     """Tensors of one micro-batch on one leg; with the lease, (kind, step, micro, leg) is the idempotency key.
 
-    Legs with two parts: 0 smashed data and labels up, 1 gradients down. `scalars` carries the loss and
-    the counts that go with it (`loss`, `top1`, `top5`, `samples`).
+    Legs with two parts: 0 smashed data and labels up, 1 gradients down. `scalars` carries, up, the samples of the
+    mini-batch (`batch`) and its number of micro-batches (`micros`); down, the mean loss of the slice (`loss`), or in
+    an evaluation `loss`, `top1`, `top5` and `samples`, summed.
     """
 
     lease: Lease

@@ -50,11 +50,12 @@ class Fetch:
         self._sink: Sink | None = None
         self._waiting: deque[Piece] = deque([Piece(MANIFEST, 0, "other")])
         self._flying: dict[int, Piece] = {}
+        self._refused: list[Piece] = []
 
     @property
     def done(self) -> bool:
         """Whether every wanted byte is here."""
-        return self.manifest is not None and not self._waiting and not self._flying
+        return self.manifest is not None and not (self._waiting or self._flying or self._refused)
 
     def want(self) -> list[Piece]:
         """Return what to ask for now; asking counts against the credit until the answer is taken."""
@@ -69,6 +70,17 @@ class Fetch:
         """Forget what was asked for without an answer, so that `want` asks anew (after a lost connection)."""
         self._waiting.extendleft(reversed(self._flying.values()))
         self._flying.clear()
+
+    def refuse(self, offset: int) -> None:
+        """The holder could not be reached or lacks the state: set the piece aside until `retry`."""
+        piece = self._flying.pop(offset, None)
+        if piece is not None:
+            self._refused.append(piece)
+
+    def retry(self) -> None:
+        """Ask anew for what was refused."""
+        self._waiting.extend(self._refused)
+        self._refused.clear()
 
     def take(self, offset: int, data: memoryview) -> None:
         """Take an answer in. A repeat is ignored. Raises RemoteProtocolError for what was not asked for."""

@@ -1,0 +1,959 @@
+"""Who is who and what may pass: the broker's rules, played with routing ids in place of sockets."""
+
+import json
+import math
+from collections import Counter
+from collections.abc import Iterator
+from itertools import count
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import msgspec
+import pytest
+from helpers import NO_SUCH_LEASE, Play, anything, config_of, configs, sizes_for, through_the_journal, unhurried
+from hypothesis import given
+from hypothesis import strategies as st
+
+from zsplit.config import Config, from_json
+from zsplit.errors import RemoteProtocolError
+from zsplit.wire.events import decode_event
+from zsplit.wire.frames import decode_control, encode
+from zsplit.wire.manifest import digest_of
+from zsplit.wire.messages import (
+    PROTOCOL,
+    Attach,
+    Attached,
+    Beat,
+    Bye,
+    Chunk,
+    ControlMessage,
+    DataMessage,
+    Detached,
+    Evaluate,
+    Fault,
+    Finish,
+    Held,
+    Hello,
+    Init,
+    Job,
+    Lease,
+    Merge,
+    Orders,
+    Plan,
+    Prepared,
+    Pull,
+    Ref,
+    Refused,
+    Role,
+    Step,
+    Tally,
+    Telemetry,
+    TensorMeta,
+    Tensors,
+    Turn,
+    Welcome,
+)
+from zsplit_broker.bulletin import Bulletin
+from zsplit_broker.events import Close, Done, Entry, Event, Joined, Lost, Ready, Started, Store, Stored
+from zsplit_broker.record import summarise
+from zsplit_broker.router import BROKER, Route, Router, peer_of
+from zsplit_broker.scheduler import Peer, Scheduler
+
+SMASHED = TensorMeta("smashed", "F32", (2, 3), "raw", 24)
+LABELS = TensorMeta("labels", "I64", (2,), "raw", 16)
+GRADIENTS = TensorMeta("gradients", "F32", (2, 3), "raw", 24)
+
+RUN = "run"
+
+
+class Member:
+    """A process that is in: its index, its token, and its routing ids on the two sockets."""
+
+    def __init__(self, role: Role, index: int, token: str, control: bytes, data: bytes) -> None:
+        self.role, self.index, self.token = role, index, token
+        self.control, self.data = control, data
+
+    @property
+    def name(self) -> str:
+        return f"{self.role}.{self.index}"
+
+
+class Desk:
+    """A router and its scheduler, the clock in the test's hands. News is taken in as soon as there is some."""
+
+    def __init__(self, shards: list[Prepared] | None = None, **keys: object) -> None:
+        self.config = config_of(**keys)
+        self.shards = shards or [Prepared(cut="relu", train=64, validation=4, test=4)] * self.config.schedule.clients
+        self.now = 0.0
+        self.scheduler = Scheduler(self.config)
+        tokens = (f"token {n}" for n in count())
+        self.router = Router(self.config, self.scheduler, RUN, (5758, 5759), lambda: next(tokens))
+        self.log: list[Event] = []
+        self.stores: list[str] = []
+        self._ids = count()
+        self.take([Started(1)])
+
+    def take(self, events: list[Event]) -> None:
+        """Let the scheduler follow from the news."""
+        for event in events:
+            self.log.append(event)
+            for said in self.scheduler.handle(Entry(self.now, event)):
+                if isinstance(said, Close):
+                    self.router.forget(said.job.lease)
+                elif isinstance(said, Store):
+                    self.stores.append(said.ref.digest)
+            self.scheduler.check()
+
+    def routing_id(self) -> bytes:
+        return b"id %d" % next(self._ids)
+
+    def hello(self, role: Role, index: int = -1, instance: str = "a", **more: Any) -> ControlMessage | None:
+        """Say hello on a new connection, or on that of `control`; return the answer."""
+        control = more.pop("control", None) or self.routing_id()
+        hello = Hello(**{"protocol": PROTOCOL, "role": role, "index": index, "instance": instance} | more)
+        answers = list(self.router.hello(control, hello, self.now))
+        assert all(answer.to == control for answer in answers)
+        return answers[0].message if answers else None
+
+    def enter(self, role: Role, index: int = -1, instance: str | None = None) -> Member:
+        """Say hello and attach; not ready for jobs yet."""
+        control = self.routing_id()
+        answer = self.hello(role, index, instance or f"{role} {index}", control=control)
+        assert isinstance(answer, Welcome), answer
+        member = Member(role, answer.index, answer.session, control, self.routing_id())
+        assert self.router.route(member.data, Attach(RUN, member.token), 0) == Route(
+            member.data, Attached(RUN, member.token)
+        )
+        return member
+
+    def join(self, role: Role, index: int = -1, instance: str | None = None) -> Member:
+        """Come in and be ready for jobs."""
+        member = self.enter(role, index, instance)
+        self.beat(member)
+        return member
+
+    def prepared(self, member: Member) -> Prepared:
+        return self.shards[member.index] if member.role == "client" else Prepared(cut="relu")
+
+    def beat(self, member: Member, *held: Held, **more: Any) -> list[Event]:
+        """Beat once; return the news in it, which the scheduler has taken in."""
+        beat = Beat(
+            **{"session": member.token, "sent": self.now, "held": held, "prepared": self.prepared(member)} | more
+        )
+        events = self.router.control(beat, member.control, self.now)
+        self.take(events)
+        return events
+
+    def orders(self, member: Member) -> Orders:
+        return self.router.orders(self.session(member))
+
+    def session(self, member: Member) -> Any:
+        found = self.router.session(member.token)
+        assert found is not None
+        return found
+
+    def done(self, member: Member, job: Job, **more: Any) -> list[Event]:
+        """Report a job that is over."""
+        return self.beat(member, Held(lease=job.lease, state="done", digest=digest_of(member.name.encode()), **more))
+
+    def stored(self) -> None:
+        """Let the disk be ready."""
+        while self.stores:
+            self.take([Stored(self.stores.pop(0))])
+
+    def job(self, member: Member) -> Any:
+        (job,) = self.orders(member).jobs
+        return job
+
+    def send(self, sender: Member, message: DataMessage, size: int = 100) -> Route | None:
+        return self.router.route(sender.data, message, size)
+
+    def tensors(self, sender: Member, lease: Lease, *metas: TensorMeta, **more: Any) -> Tensors:
+        fields = {"kind": "train", "step": 0, "micro": 0, "leg": 0} | more
+        return Tensors(RUN, sender.token, lease, tensors=metas or (SMASHED, LABELS), **fields)
+
+    def after(self, seconds: float) -> list[Event]:
+        """Let time pass in small steps, nobody beating; return who was lost, which the scheduler has taken in."""
+        lost: list[Event] = []
+        until = self.now + seconds
+        while self.now < until:
+            self.now = min(until, self.now + self.config.link.beat_seconds / 2)
+            lost += self.router.tick(self.now)
+        self.take(lost)
+        return lost
+
+
+class Stage(Desk):
+    """Two clients with a turn each, at a server of their own, and both servers ready."""
+
+    def __init__(self, ready: bool = True, **keys: object) -> None:
+        super().__init__(**{"schedule__clients": 2, "schedule__policy": "parallel"} | keys)
+        self.servers = [self.join("server"), self.join("server", instance="other")]
+        self.clients = [self.join("client", 0), self.join("client", 1)]
+        self.done(self.servers[0], self.job(self.servers[0]))
+        self.stored()
+        self.turns: list[Turn] = [self.job(server) for server in self.servers]
+        assert [(turn.client, turn.server) for turn in self.turns] == [(0, 0), (1, 1)]
+        if ready:
+            for server, turn in zip(self.servers, self.turns, strict=True):
+                self.beat(server, Held(lease=turn.lease, state="ready"))
+
+    def end_turns(self) -> None:
+        for peers in (self.clients, self.servers):
+            for peer, turn in zip(peers, self.turns, strict=True):
+                self.done(peer, turn)
+
+
+# Hello
+
+
+def test_a_welcome_tells_who_one_is_and_hands_the_config_out() -> None:
+    desk = Desk(run__name="trial", run__seed=7)
+    answer = desk.hello("client", 2)
+    assert isinstance(answer, Welcome)
+    assert (answer.run, answer.index, answer.data_port, answer.events_port) == (RUN, 2, 5758, 5759)
+    assert from_json(answer.config) == desk.config
+
+
+def test_who_leaves_the_index_to_the_broker_gets_the_lowest_that_is_free() -> None:
+    desk = Desk(schedule__clients=3)
+    desk.enter("client", 1)
+    indexes = [desk.enter("client", instance=name).index for name in ("x", "y")]
+    assert indexes == [0, 2]
+    assert desk.hello("client", instance="z") == Refused(sentence="all 3 clients of this run are here", code=2)
+    assert [desk.enter("server", instance=name).index for name in ("p", "q", "r")] == [0, 1, 2]
+
+
+def test_a_monitor_is_welcome_and_holds_no_session() -> None:
+    desk = Desk()
+    answer = desk.hello("monitor")
+    assert isinstance(answer, Welcome)
+    assert (answer.index, desk.router.sessions) == (-1, {})
+
+
+def test_an_index_out_of_range_is_refused() -> None:
+    assert Desk(schedule__clients=4).hello("client", 4) == Refused(
+        sentence="client index 4 is out of range: this run has 4 clients, 0 to 3 (schedule.clients)", code=2
+    )
+
+
+@pytest.mark.parametrize("role", ["client", "server", "monitor"])
+def test_another_protocol_is_refused_with_both_numbers(role: Role) -> None:
+    assert Desk().hello(role, protocol=PROTOCOL + 1) == Refused(
+        sentence=f"this broker speaks protocol {PROTOCOL}, you speak {PROTOCOL + 1}: "
+        "install the same version of zsplit on both machines",
+        code=2,
+    )
+
+
+@pytest.mark.parametrize("role", ["client", "server", "monitor"])
+def test_a_run_that_is_over_refuses_everybody(role: Role) -> None:
+    desk = Desk()
+    desk.router.finish = Finish(ok=True, sentence="the run is finished")
+    assert desk.hello(role) == Refused(sentence="this run is over: the run is finished", code=2)
+
+
+def test_a_second_process_with_the_same_index_is_sent_away_while_the_first_is_alive() -> None:
+    desk = Desk()
+    first = desk.join("client", 1)
+    desk.now = 1.0
+    assert desk.hello("client", 1, "second", host="here") == Refused(
+        sentence="client 1 is already running on another host", code=1
+    )
+    assert desk.session(first).instance == "client 1"
+
+
+def test_it_is_told_where_the_first_one_runs() -> None:
+    desk = Desk()
+    assert isinstance(desk.hello("server", 0, host="gpu-7"), Welcome)
+    answer = desk.hello("server", 0, "second", host="here")
+    assert isinstance(answer, Refused)
+    assert answer.sentence == "server 0 is already running on gpu-7"
+
+
+@pytest.mark.parametrize("beat_seconds", [1.0, 4.9])
+def test_a_newcomer_waits_while_the_first_one_is_silent_and_takes_its_place_when_it_is_lost(
+    beat_seconds: float,
+) -> None:
+    desk = Desk(link__lease_seconds=10.0, link__beat_seconds=beat_seconds)
+    old = desk.join("client", 1)
+    assert desk.after(9.0) == []
+    assert desk.hello("client", 1, "second") is None
+    assert desk.after(1.5) == [Lost("client", 1, "no sign of life for 10 s (link.lease_seconds)")]
+    answer = desk.hello("client", 1, "second")
+    assert isinstance(answer, Welcome)
+    assert answer.session != old.token
+    assert desk.router.session(old.token) is None
+
+
+def test_one_process_that_says_hello_again_has_its_session_again_on_the_new_connection() -> None:
+    desk = Desk()
+    member = desk.join("client", 1)
+    again = desk.routing_id()
+    answer = desk.hello("client", 1, "client 1", control=again)
+    assert isinstance(answer, Welcome)
+    assert answer.session == member.token
+    assert desk.beat(member) == []
+    assert desk.router.dropped == 1
+    member.control = again
+    desk.beat(member)
+    assert desk.router.dropped == 1
+
+
+def test_a_process_that_left_its_index_to_the_broker_keeps_it_when_it_says_hello_again() -> None:
+    desk = Desk()
+    member = desk.enter("client", instance="me")
+    assert desk.enter("client", instance="somebody else").index == 1
+    answer = desk.hello("client", instance="me")
+    assert isinstance(answer, Welcome)
+    assert (answer.index, answer.session) == (member.index, member.token)
+
+
+# Who speaks is what the socket says
+
+
+def test_a_beat_with_somebody_elses_session_is_dropped() -> None:
+    stage = Stage()
+    thief, owner = stage.clients
+    held = (Held(lease=stage.turns[1].lease, state="done", digest="d"),)
+    for message in (Beat(session=owner.token, sent=0.0, held=held), Bye(session=owner.token)):
+        assert stage.router.control(message, thief.control, stage.now) == []
+    assert stage.router.dropped == 2
+    assert stage.session(owner).beat.held == ()
+
+
+@pytest.mark.parametrize("token", ["", "token 99"])
+def test_a_beat_of_nobody_is_dropped(token: str) -> None:
+    desk = Desk()
+    assert desk.router.control(Beat(session=token, sent=0.0), b"id", desk.now) == []
+    assert desk.router.dropped == 1
+
+
+def test_a_beat_for_somebody_elses_lease_reports_nothing() -> None:
+    stage = Stage(ready=False)
+    for member in (stage.clients[0], stage.servers[0]):
+        for state in ("ready", "running", "done"):
+            assert stage.beat(member, Held(lease=stage.turns[1].lease, state=state)) == []
+
+
+def test_a_client_is_not_done_with_a_turn_that_it_was_not_granted() -> None:
+    stage = Stage(ready=False)
+    assert stage.orders(stage.clients[0]).jobs == ()
+    assert stage.done(stage.clients[0], stage.turns[0]) == []
+
+
+def test_a_client_cannot_say_that_the_server_is_ready() -> None:
+    stage = Stage(ready=False)
+    assert stage.beat(stage.clients[0], Held(lease=stage.turns[0].lease, state="ready")) == []
+
+
+# News
+
+
+def test_news_is_news_once_however_often_it_is_told() -> None:
+    stage = Stage(ready=False)
+    server, client, turn = stage.servers[0], stage.clients[0], stage.turns[0]
+    ready = Held(lease=turn.lease, state="ready")
+    assert [stage.beat(server, ready) for _ in range(3)] == [[Ready(turn.lease)], [], []]
+    told = [stage.done(client, turn) for _ in range(3)]
+    assert [len(events) for events in told] == [1, 0, 0]
+    (event,) = told[0]
+    assert isinstance(event, Done)
+    assert (event.lease, event.side, event.digest) == (turn.lease, "client", digest_of(b"client.0"))
+
+
+def test_a_ready_that_was_lost_is_made_up_for_by_running() -> None:
+    stage = Stage(ready=False)
+    lease = stage.turns[0].lease
+    assert stage.beat(stage.servers[0], Held(lease=lease, state="running", step=3)) == [Ready(lease)]
+
+
+def test_a_peer_joins_once_it_is_prepared() -> None:
+    desk = Desk()
+    member = desk.enter("client", 0)
+    assert desk.beat(member, prepared=None) == []
+    assert desk.beat(member) == [Joined("client", 0, desk.shards[0])]
+    assert desk.beat(member) == []
+
+
+def test_a_peer_that_leaves_or_fails_is_lost_with_its_own_words() -> None:
+    desk = Desk()
+    one, other = desk.join("client", 0), desk.join("client", 1)
+    fault = Fault(session=one.token, sentence="the data folder is empty")
+    assert desk.router.control(fault, one.control, 0.0) == [Lost("client", 0, "the data folder is empty")]
+    assert desk.router.control(Bye(session=other.token), other.control, 0.0) == [Lost("client", 1, "it left")]
+    assert desk.router.sessions == {}
+    assert isinstance(desk.router.route(one.data, desk.tensors(one, NO_SUCH_LEASE), 0), Route)
+
+
+def test_a_peer_whose_connection_closed_is_lost() -> None:
+    desk = Desk()
+    member = desk.join("client", 0)
+    assert desk.router.unreachable(b"nobody's") == []
+    assert desk.router.unreachable(member.control) == [Lost("client", 0, "its connection closed")]
+
+
+def test_telemetry_is_no_news_but_is_kept_for_the_monitor() -> None:
+    desk = Desk()
+    member = desk.join("client", 0)
+    telemetry = Telemetry(session=member.token, losses=(2.0, 1.0), samples_per_second=9.0)
+    assert desk.router.control(telemetry, member.control, 0.0) == []
+    assert (desk.session(member).telemetry, desk.session(member).losses) == (telemetry, [2.0, 1.0])
+
+
+# Signs of life
+
+
+def test_a_peer_that_beats_lives_and_one_that_does_not_is_lost() -> None:
+    desk = Desk(link__lease_seconds=10.0)
+    quick, silent = desk.join("client", 0), desk.join("client", 1)
+    for _ in range(9):
+        assert desk.after(1.0) == []
+        desk.beat(quick)
+    assert desk.after(1.5) == [Lost("client", 1, "no sign of life for 10 s (link.lease_seconds)")]
+    assert desk.router.session(silent.token) is None
+
+
+def test_a_peer_that_beats_without_progress_is_lost_when_it_should_be_running() -> None:
+    stage = Stage(link__progress_seconds=5.0)
+    client, turn = stage.clients[0], stage.turns[0]
+    lost: list[Event] = []
+    for second in range(12):
+        for member in (*stage.servers, stage.clients[1]):
+            stage.beat(member)
+        step = min(second, 4)
+        stage.beat(client, Held(lease=turn.lease, state="running", step=step))
+        lost = stage.after(1.0)
+        assert not lost or second >= 8
+        if lost:
+            break
+    assert lost == [Lost("client", 0, "it beats, but makes no progress for 5 s (link.progress_seconds)")]
+
+
+@pytest.mark.parametrize("state", ["opening", "ready", "done"])
+def test_no_progress_is_asked_of_a_peer_that_waits(state: Any) -> None:
+    stage = Stage(link__progress_seconds=5.0)
+    for _ in range(20):
+        for member in (*stage.servers, *stage.clients):
+            stage.beat(member, Held(lease=NO_SUCH_LEASE, state=state))
+        assert stage.after(1.0) == []
+
+
+def test_a_pause_of_the_broker_itself_is_no_fault_of_its_peers() -> None:
+    desk = Desk(link__lease_seconds=10.0)
+    desk.join("client", 0)
+    assert desk.after(1.0) == []
+    desk.now += 3600.0
+    assert desk.router.tick(desk.now) == []
+    assert desk.after(8.0) == []
+    assert [type(event) for event in desk.after(2.5)] == [Lost]
+
+
+def test_after_the_brokers_pause_a_peer_has_one_lease_and_no_more() -> None:
+    desk = Desk(link__lease_seconds=10.0)
+    member = desk.join("client", 0)
+    assert desk.after(1.0) == []
+    desk.now += 3600.0
+    desk.beat(member)  # was waiting in the socket, and is read before the clock
+    assert desk.router.tick(desk.now) == []
+    assert [type(event) for event in desk.after(11.0)] == [Lost]
+
+
+# Attaching
+
+
+def test_a_data_connection_without_a_session_is_told_so() -> None:
+    desk = Desk()
+    stranger = Member("client", 0, "token 99", b"c", b"d")
+    assert desk.send(stranger, desk.tensors(stranger, NO_SUCH_LEASE)) == Route(b"d", Detached(RUN, ""))
+    assert desk.send(stranger, Attach(RUN, "token 99")) == Route(b"d", Detached(RUN, "token 99"))
+
+
+def test_attaching_to_another_run_is_refused() -> None:
+    desk = Desk()
+    member = desk.enter("client", 0)
+    assert desk.router.route(b"new", Attach("old run", member.token), 0) == Route(b"new", Detached(RUN, member.token))
+
+
+def test_the_newest_data_connection_of_a_session_takes_the_place_of_the_one_before() -> None:
+    stage = Stage()
+    client, server, lease = stage.clients[0], stage.servers[0], stage.turns[0].lease
+    old, client.data = client.data, b"new"
+    assert stage.send(client, Attach(RUN, client.token)) == Route(b"new", Attached(RUN, client.token))
+    assert stage.router.route(old, stage.tensors(client, lease), 0) == Route(old, Detached(RUN, ""))
+    assert stage.send(client, stage.tensors(client, lease)) == Route(server.data)
+    assert stage.send(server, stage.tensors(server, lease, GRADIENTS)) == Route(b"new")
+
+
+def test_a_data_connection_belongs_to_one_session_only() -> None:
+    stage = Stage()
+    one, other = stage.clients
+    stage.router.route(one.data, Attach(RUN, other.token), 0)
+    server, lease = stage.servers[0], stage.turns[0].lease
+    assert stage.send(server, stage.tensors(server, lease, GRADIENTS)) is None
+    assert stage.router.data_of("client.0") is None
+    stage.take(stage.router.control(Bye(session=one.token), one.control, stage.now))
+    assert stage.router.route(one.data, Attach(RUN, other.token), 0) == Route(one.data, Attached(RUN, other.token))
+
+
+def test_a_data_connection_of_a_session_that_is_over_is_told_so() -> None:
+    stage = Stage()
+    client = stage.clients[0]
+    stage.router.control(Bye(session=client.token), client.control, stage.now)
+    assert stage.send(client, stage.tensors(client, stage.turns[0].lease)) == Route(client.data, Detached(RUN, ""))
+    assert stage.send(client, Attach(RUN, client.token)) == Route(client.data, Detached(RUN, client.token))
+
+
+# Tensors
+
+
+def test_tensors_pass_between_the_two_parties_of_a_granted_lease_and_nobody_else() -> None:
+    stage = Stage()
+    for client, server, turn in zip(stage.clients, stage.servers, stage.turns, strict=True):
+        assert stage.send(client, stage.tensors(client, turn.lease)) == Route(server.data)
+        assert stage.send(server, stage.tensors(server, turn.lease, GRADIENTS)) == Route(client.data)
+        assert stage.send(client, Step(RUN, client.token, turn.lease, 0, 1.0)) == Route(server.data)
+    for sender, turn in zip([*stage.clients, *stage.servers], [*stage.turns[::-1], *stage.turns[::-1]], strict=True):
+        assert stage.send(sender, stage.tensors(sender, turn.lease)) is None
+        assert stage.send(sender, Step(RUN, sender.token, turn.lease, 0, 1.0)) is None
+
+
+def test_tensors_wait_for_the_grant_and_stop_with_the_lease() -> None:
+    stage = Stage(ready=False)
+    client, server, turn = stage.clients[0], stage.servers[0], stage.turns[0]
+    assert stage.send(client, stage.tensors(client, turn.lease)) is None
+    stage.beat(server, Held(lease=turn.lease, state="ready"))
+    assert stage.send(client, stage.tensors(client, turn.lease)) == Route(server.data)
+    stage.done(client, turn)
+    stage.done(server, turn)
+    assert stage.send(client, stage.tensors(client, turn.lease)) is None
+    assert stage.send(server, stage.tensors(server, turn.lease, GRADIENTS)) is None
+
+
+@pytest.mark.parametrize("change", [{"run": "old run"}, {"session": "token 0"}, {"lease": NO_SUCH_LEASE}])
+def test_tensors_of_another_run_session_or_lease_are_dropped(change: dict[str, Any]) -> None:
+    stage = Stage()
+    client = stage.clients[0]
+    message = stage.tensors(client, stage.turns[0].lease)
+    assert stage.send(client, message) is not None
+    assert stage.send(client, msgspec.structs.replace(message, **change)) is None
+
+
+def test_a_lease_from_an_earlier_life_of_the_broker_still_counts_while_it_is_open() -> None:
+    stage = Stage()
+    stage.take([Started(2)])
+    client = stage.clients[0]
+    assert stage.send(client, stage.tensors(client, stage.turns[0].lease)) == Route(stage.servers[0].data)
+
+
+def test_nothing_that_only_the_broker_says_is_passed_on() -> None:
+    stage = Stage()
+    client = stage.clients[0]
+    for message in (Attached(RUN, client.token), Detached(RUN, client.token)):
+        assert stage.send(client, message) is None
+
+
+# States
+
+
+def pull(sender: Member, lease: Lease, ref: Ref, **more: Any) -> Pull:
+    fields = {"source": ref.holder, "digest": ref.digest, "offset": -1, "length": 0, "what": "other"} | more
+    return Pull(RUN, sender.token, lease, **fields)
+
+
+def chunk(sender: Member, lease: Lease, origin: str, ref: Ref, **more: Any) -> Chunk:
+    fields = {"origin": origin, "digest": ref.digest, "offset": 0, "nbytes": 8, "what": "weights"} | more
+    return Chunk(RUN, sender.token, lease, **fields)
+
+
+def test_a_pull_goes_to_the_holder_with_the_name_of_who_really_asks() -> None:
+    stage = Stage()
+    client, turn = stage.clients[1], stage.turns[1]
+    asked = pull(client, turn.lease, turn.base, origin="client.0")
+    assert turn.base.holder == "server.0"
+    assert stage.send(client, asked) == Route(stage.servers[0].data, msgspec.structs.replace(asked, origin="client.1"))
+
+
+def test_only_states_that_the_job_names_can_be_pulled_by_those_whose_job_it_is() -> None:
+    stage = Stage()
+    (one, other), turn = stage.clients, stage.turns[0]
+    assert stage.send(one, pull(one, turn.lease, turn.base)) is not None
+    assert stage.send(other, pull(other, turn.lease, turn.base)) is None
+    assert stage.send(one, pull(one, NO_SUCH_LEASE, turn.base)) is None
+    assert stage.send(one, pull(one, turn.lease, turn.base, digest="else")) is None
+    assert stage.send(one, pull(one, turn.lease, turn.base, source="server.1")) is None
+    assert stage.send(one, pull(one, turn.lease, turn.base, source="broker")) is None
+
+
+def test_a_merge_pulls_every_contribution_from_whoever_made_it() -> None:
+    stage = Stage()
+    stage.end_turns()
+    server = stage.servers[0]
+    merge = stage.job(server)
+    assert isinstance(merge, Merge)
+    holders = {member.name: member for member in (*stage.clients, *stage.servers)}
+    for ref in (ref for share in merge.inputs for ref in (share.front, share.back)):
+        asked = pull(server, merge.lease, ref)
+        assert stage.send(server, asked) == Route(
+            holders[ref.holder].data, msgspec.structs.replace(asked, origin="server.0")
+        )
+        answer = chunk(holders[ref.holder], merge.lease, "server.0", ref)
+        assert stage.send(holders[ref.holder], answer) == Route(server.data)
+    assert stage.send(stage.servers[1], pull(stage.servers[1], merge.lease, merge.base)) is None
+
+
+def test_a_pull_from_a_holder_that_is_not_connected_goes_nowhere() -> None:
+    stage = Stage()
+    client, turn = stage.clients[0], stage.turns[0]
+    stage.router.control(Bye(session=stage.servers[0].token), stage.servers[0].control, stage.now)
+    assert stage.send(client, pull(client, turn.lease, turn.base)) is None
+
+
+def test_chunks_come_from_the_holder_and_go_to_a_party_of_the_job() -> None:
+    stage = Stage()
+    turn, (holder, stranger) = stage.turns[1], stage.servers
+    assert stage.send(holder, chunk(holder, turn.lease, "client.1", turn.base)) == Route(stage.clients[1].data)
+    assert stage.send(holder, chunk(holder, turn.lease, "server.1", turn.base)) == Route(stage.servers[1].data)
+    assert stage.send(holder, chunk(holder, turn.lease, "client.0", turn.base)) is None
+    assert stage.send(holder, chunk(holder, turn.lease, "client.1", turn.base, digest="else")) is None
+    assert stage.send(holder, chunk(holder, NO_SUCH_LEASE, "client.1", turn.base)) is None
+    assert stage.send(stranger, chunk(stranger, turn.lease, "client.1", turn.base)) is None
+
+
+def test_chunks_for_the_broker_pass_while_that_version_is_being_stored() -> None:
+    desk = Desk(schedule__clients=1)
+    server, other = desk.join("server"), desk.join("server", instance="other")
+    desk.join("client", 0)
+    init = desk.job(server)
+    assert isinstance(init, Init)
+    desk.done(server, init)
+    ref = Ref(digest=digest_of(b"server.0"), holder="server.0")
+    assert desk.send(server, chunk(server, Lease(0, 0), "broker", ref)) == Route(BROKER)
+    assert desk.send(other, chunk(other, Lease(0, 0), "broker", ref)) is None
+    assert desk.send(server, chunk(server, Lease(0, 0), "broker", ref, digest="else")) is None
+    desk.stored()
+    assert desk.send(server, chunk(server, Lease(0, 0), "broker", ref)) is None
+
+
+NOBODY = ["", ".", "client", "client.", "client.-1", "client.99", "client.1.0", "client. 1", "broker.0", "monitor.0"]
+NOBODY += ["client.²", "client.٣", "client." + "9" * 5000]
+
+
+@pytest.mark.parametrize("name", NOBODY)
+def test_a_name_that_is_nobodys_leads_nowhere(name: str) -> None:
+    stage = Stage()
+    turn, holder = stage.turns[0], stage.servers[0]
+    assert stage.send(holder, chunk(holder, turn.lease, name, turn.base)) is None
+    assert stage.send(stage.clients[0], pull(stage.clients[0], turn.lease, turn.base, source=name)) is None
+    assert stage.router.data_of(name) is None
+
+
+@given(st.text() | st.builds("{}.{}".format, st.sampled_from(["client", "server"]), st.integers() | st.text()))
+def test_any_name_is_somebodys_or_nobodys(name: str) -> None:
+    role, index = peer_of(name)
+    assert index == -1 or int(name.partition(".")[2]) == index
+    assert name.startswith(role)
+
+
+@unhurried
+@given(anything(DataMessage), st.integers(0, 4), st.booleans())
+def test_whatever_a_peer_sends_is_routed_dropped_or_answered(message: DataMessage, who: int, own: bool) -> None:
+    stage = Stage()
+    member = [*stage.clients, *stage.servers, Member("client", 9, "?", b"?", b"?")][who]
+    if own:
+        message = msgspec.structs.replace(message, run=RUN, session=member.token)
+    route = stage.send(member, message)
+    assert route is None or (route.to == member.data and isinstance(route.message, Attached | Detached))
+
+
+# Counting
+
+
+def test_bytes_are_counted_by_kind_and_direction_and_reported_with_the_lease() -> None:
+    stage = Stage()
+    client, server, turn = stage.clients[0], stage.servers[0], stage.turns[0]
+    stage.send(client, stage.tensors(client, turn.lease), 100)
+    stage.send(client, stage.tensors(client, turn.lease, micro=1), 100)
+    stage.send(server, stage.tensors(server, turn.lease, GRADIENTS), 70)
+    stage.send(server, chunk(server, turn.lease, "client.0", turn.base), 500)
+    stage.send(server, chunk(server, turn.lease, "client.0", turn.base, what="optimizer"), 300)
+    (event,) = stage.done(client, turn)
+    assert event.tally.traffic == {
+        "smashed": (48, 0),
+        "labels": (32, 0),
+        "gradients": (0, 24),
+        "headers": (120, 46),
+        "weights": (0, 500),
+        "optimizer": (0, 300),
+    }
+    sessions = stage.session(client), stage.session(server)
+    assert [(session.up, session.down) for session in sessions] == [(200, 870), (870, 200)]
+
+
+def test_what_is_dropped_is_not_counted() -> None:
+    stage = Stage(ready=False)
+    client, turn = stage.clients[0], stage.turns[0]
+    stage.send(client, stage.tensors(client, turn.lease), 100)
+    assert stage.router.traffic == {}
+    assert stage.session(client).up == 0
+
+
+def test_an_evaluation_is_counted_as_such() -> None:
+    desk = Desk(schedule__clients=1, run__rounds=1)
+    server, client = desk.join("server"), desk.join("client", 0)
+    while not isinstance(job := desk.job(server), Evaluate):
+        desk.beat(server, Held(lease=job.lease, state="ready"))
+        if isinstance(job, Turn):
+            desk.done(client, job)
+        desk.done(server, job)
+        desk.stored()
+    desk.beat(server, Held(lease=job.lease, state="ready"))
+    desk.send(client, desk.tensors(client, job.lease, kind="eval"), 100)
+    desk.send(server, desk.tensors(server, job.lease, kind="eval"), 60)
+    (event,) = desk.done(client, job)
+    assert event.tally.traffic == {"evaluation": (100, 60)}
+
+
+def test_a_merge_counts_what_the_clients_sent_for_it_and_not_what_servers_exchange() -> None:
+    stage = Stage()
+    stage.end_turns()
+    server, merge = stage.servers[0], stage.job(stage.servers[0])
+    fronts = [share.front for share in merge.inputs]
+    for client, ref in zip(stage.clients, fronts, strict=True):
+        stage.send(client, chunk(client, merge.lease, "server.0", ref), 200)
+    stage.send(stage.servers[1], chunk(stage.servers[1], merge.lease, "server.0", merge.inputs[1].back), 1000)
+    (event,) = stage.done(server, merge)
+    assert event.tally.traffic == {"weights": (400, 0)}
+
+
+@pytest.mark.parametrize("who", ["client", "server"])
+def test_what_a_peer_claims_to_have_sent_is_not_believed(who: str) -> None:
+    stage = Stage()
+    member = stage.clients[0] if who == "client" else stage.servers[0]
+    (event,) = stage.done(member, stage.turns[0], tally=Tally(samples=3, traffic={"smashed": (10**9, 0)}))
+    assert event.tally == Tally(samples=3)
+
+
+def test_what_was_counted_for_a_lease_is_forgotten_with_it() -> None:
+    stage = Stage()
+    stage.send(stage.clients[0], stage.tensors(stage.clients[0], stage.turns[0].lease), 100)
+    stage.end_turns()
+    assert stage.router.traffic == {}
+
+
+# Orders
+
+
+def test_orders_are_what_the_scheduler_says_under_a_revision_that_grows() -> None:
+    stage = Stage()
+    seen: dict[str, int] = {}
+    for _ in range(3):
+        for member in (*stage.clients, *stage.servers):
+            peer: Peer = (member.role, member.index)
+            orders = stage.orders(member)
+            assert orders.revision > seen.get(member.name, 0)
+            seen[member.name] = orders.revision
+            assert orders.jobs == tuple(stage.scheduler.jobs(peer))
+            assert orders.keep == tuple(stage.scheduler.kept(peer))
+            assert orders.finish is None
+        stage.end_turns()
+
+
+def test_orders_carry_the_clocks_and_at_the_end_the_outcome() -> None:
+    desk = Desk()
+    session = desk.session(desk.join("client", 0))
+    assert desk.router.orders(session, echo=12.5, now=99.0).echo == 12.5
+    assert desk.router.orders(session, echo=12.5, now=99.0).now == 99.0
+    desk.router.finish = Finish(ok=False, sentence="stopped")
+    assert list(desk.router.changed()) == [session]
+    assert desk.router.orders(session).finish == Finish(ok=False, sentence="stopped")
+    assert list(desk.router.changed()) == []
+
+
+def test_only_those_whose_orders_changed_are_told() -> None:
+    stage = Stage(ready=False)
+    for member in (*stage.clients, *stage.servers):
+        stage.orders(member)
+    assert list(stage.router.changed()) == []
+    stage.beat(stage.servers[0], Held(lease=stage.turns[0].lease, state="ready"))
+    assert list(stage.router.changed()) == [stage.session(stage.clients[0])]
+    assert list(stage.router.changed({("client", 1), ("client", 7)})) == []
+    assert list(stage.router.changed({("client", 0)})) == [stage.session(stage.clients[0])]
+
+
+# The whole conversation
+
+
+class Actor:
+    """A peer that knows nothing but its orders, and says in every beat all that it holds."""
+
+    def __init__(self, desk: Desk, member: Member) -> None:
+        self.desk, self.member = desk, member
+        self.orders = Orders(revision=0)
+        self.held: dict[Lease, Held] = {}
+
+    def beat(self) -> list[Event]:
+        return self.desk.beat(self.member, *self.held.values())
+
+    def obey(self, orders: Orders) -> None:
+        if orders.revision > self.orders.revision:
+            self.orders = orders
+            leases = {job.lease for job in orders.jobs}
+            self.held = {lease: held for lease, held in self.held.items() if lease in leases}
+
+    def work(self, clients: dict[int, "Actor"]) -> None:
+        """Bring every job a step further. A server's side of a turn is done when its client's is."""
+        for job in self.orders.jobs:
+            state = self.held[job.lease].state if job.lease in self.held else ""
+            if self.member.role == "client" or isinstance(job, Init | Merge):
+                self._hold(job, "done" if state else "opening")
+            elif state != "ready":
+                self._hold(job, "ready")
+            elif isinstance(job, Turn) and (theirs := clients[job.client].held.get(job.lease)):
+                self._hold(job, "done" if theirs.state == "done" else "running")
+
+    def _hold(self, job: Job, state: Any) -> None:
+        digest = digest_of(f"{job.lease} {self.member.name}".encode()) if state == "done" else ""
+        self.held[job.lease] = Held(lease=job.lease, state=state, digest=digest)
+
+
+@st.composite
+def casts(draw: st.DrawFn) -> tuple[Desk, list[Actor]]:
+    """Return a run and its peers, in the order in which they came."""
+    config: Config = draw(configs())
+    desk = Desk(draw(sizes_for(config)), **flat(config))
+    peers: list[Peer] = [("server", k) for k in range(draw(st.integers(1, 2)))]
+    peers += [("client", i) for i in range(config.schedule.clients)]
+    return desk, [Actor(desk, desk.enter(role, index)) for role, index in draw(st.permutations(peers))]
+
+
+def flat(config: Config) -> dict[str, object]:
+    tables = msgspec.to_builtins(config)
+    return {f"{section}__{key}": value for section, rows in tables.items() for key, value in rows.items()}
+
+
+def conversation(desk: Desk, cast: list[Actor], random: Random) -> Iterator[list[Event]]:
+    """Let the peers talk, messages being lost and doubled, until the run is over; yield each beat's news."""
+    clients = {actor.member.index: actor for actor in cast if actor.member.role == "client"}
+    while desk.scheduler.outcome is None:
+        actor = random.choice(cast)
+        match random.choice(["beat", "lost", "doubled", "unanswered", "work", "disk"]):
+            case "beat":
+                yield actor.beat()
+                actor.obey(desk.orders(actor.member))
+            case "doubled":
+                yield actor.beat()
+                late = desk.orders(actor.member)
+                assert actor.beat() == []
+                actor.obey(desk.orders(actor.member))
+                actor.obey(late)
+            case "unanswered":
+                yield actor.beat()
+            case "work":
+                actor.work(clients)
+            case "disk":
+                desk.stored()
+
+
+@unhurried
+@given(casts(), st.randoms(use_true_random=False))
+def test_a_run_gets_to_its_end_over_beats_that_are_lost_doubled_and_late(
+    cast: tuple[Desk, list[Actor]], random: Random
+) -> None:
+    desk, actors = cast
+    for _ in conversation(desk, actors, random):
+        pass
+    assert desk.scheduler.outcome is not None
+    assert desk.scheduler.outcome.ok
+    assert len(desk.scheduler.history) == desk.config.run.rounds
+    told = Counter(
+        (type(event), event.lease, event.side if isinstance(event, Done) else "server")
+        for event in desk.log
+        if isinstance(event, Ready | Done)
+    )
+    assert set(told.values()) == {1}
+    assert sum(isinstance(event, Joined) for event in desk.log) == len(actors)
+    play = Play(desk.config, desk.shards)
+    for event in desk.log:
+        play.tell(event)
+    assert play.scheduler.history == [
+        record._replace(seconds=pytest.approx(record.seconds, abs=1e9)) for record in desk.scheduler.history
+    ]
+
+
+# What peers say cannot harm the broker
+
+STRANGE = [
+    Tally(samples=3, loss_sum=math.nan),
+    Tally(samples=3, loss_sum=math.inf),
+    Tally(samples=3, loss_sum=-math.inf),
+    Tally(samples=3, seconds=math.nan, idle=math.inf),
+    Tally(samples=2**64 - 1, steps=2**64 - 1),
+    Tally(samples=-3, steps=-(2**63)),
+    Tally(steps=1, step_seconds={10**6: 1}),
+    Tally(steps=1, step_seconds={-(10**6): 2**64 - 1}),
+]
+
+
+@pytest.mark.parametrize("tally", STRANGE)
+def test_a_tally_that_cannot_be_is_refused_or_does_no_harm(tally: Tally) -> None:
+    desk = Desk(schedule__clients=2, run__rounds=1)
+    server, *clients = desk.join("server"), desk.join("client", 0), desk.join("client", 1)
+    while desk.scheduler.outcome is None:
+        job = desk.job(server) if len(desk.orders(server).jobs) == 1 else desk.orders(server).jobs[0]
+        desk.beat(server, *[Held(lease=each.lease, state="ready") for each in desk.orders(server).jobs])
+        if isinstance(job, Turn | Evaluate):
+            held = Held(lease=job.lease, state="done", digest="d", tally=tally)
+            beat = Beat(session=clients[job.client].token, sent=0.0, held=(held,))
+            try:
+                received = decode_control(encode(beat))
+            except RemoteProtocolError:
+                return
+            events = desk.router.control(received, clients[job.client].control, desk.now)
+            assert [through_the_journal(Entry(0.0, event)).event for event in events] == events
+            desk.take(events)
+        desk.done(server, job)
+        desk.stored()
+    bulletin = Bulletin(desk.scheduler, desk.router, RUN, "out")
+    for record in desk.scheduler.history:
+        decode_event(bulletin.stamp(bulletin.round_event(record), 0.0)[1])
+    json.dumps(summarise(desk.scheduler, RUN, Path("out")), allow_nan=False)
+
+
+@pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf])
+def test_telemetry_that_cannot_be_is_refused_or_can_be_published_and_read(number: float) -> None:
+    desk = Desk()
+    member = desk.join("client", 0)
+    telemetry = Telemetry(
+        session=member.token, losses=(1.0, number), samples_per_second=number, idle_share=number, note="?"
+    )
+    try:
+        received = decode_control(encode(telemetry))
+    except RemoteProtocolError:
+        return
+    desk.router.control(received, member.control, desk.now)
+    bulletin = Bulletin(desk.scheduler, desk.router, RUN, "out")
+    for event in bulletin.state(desk.now):
+        assert type(decode_event(bulletin.stamp(event, 0.0)[1])) is type(event)
+
+
+@unhurried
+@given(anything(Beat | Telemetry | Fault | Bye | Hello), st.integers(0, 4), st.booleans())
+def test_whatever_a_peer_says_the_broker_goes_on(message: Any, who: int, own: bool) -> None:
+    stage = Stage()
+    member = [*stage.clients, *stage.servers, Member("client", 9, "?", b"?", b"?")][who]
+    if isinstance(message, Hello):
+        list(stage.router.hello(member.control, message, stage.now))
+    else:
+        message = msgspec.structs.replace(message, session=member.token) if own else message
+        stage.take(stage.router.control(message, member.control, stage.now))
+    for event in stage.log:
+        assert through_the_journal(Entry(0.0, event)).event == event
+    bulletin = Bulletin(stage.scheduler, stage.router, RUN, "out")
+    for event in bulletin.state(stage.now):
+        bulletin.stamp(event, 0.0)
+
+
+def test_a_plan_in_a_turn_is_the_one_in_the_config() -> None:
+    assert Stage().turns[0].plan == Plan(cut="relu")
