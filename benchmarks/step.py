@@ -225,8 +225,13 @@ def measure(setting: Setting) -> list[Round]:
         stack.enter_context(child(train_uncut, setting, courses["uncut"]))
         _, endpoint = stack.enter_context(child(serve_pickle, setting))
         stack.enter_context(child(train_pickle, setting, courses["pickle"], endpoint))
-        ends = {way: ours for way, (ours, _) in gates.items()}
-        train_split(setting, courses["split"], lambda on: rounds.extend(drive(ends, setting, on)))
+
+        def take_turns(on: Callable[[], bool]) -> None:
+            for _, theirs in gates.values():
+                theirs.close()  # so that the pipe of a process that is gone ends
+            rounds.extend(drive({way: ours for way, (ours, _) in gates.items()}, setting, on))
+
+        train_split(setting, courses["split"], take_turns)
     return rounds
 
 
@@ -248,7 +253,10 @@ def pass_block(gates: dict[str, Connection], order: Sequence[str], steps: int, o
         while not gates[way].poll(1.0):
             if not on():
                 raise click.ClickException(f"the product's run ended while {way} was being measured")
-        taken[way] = gates[way].recv()
+        try:
+            taken[way] = gates[way].recv()
+        except EOFError:
+            raise click.ClickException(f"{way} failed while it was being measured: its own words are above") from None
     return taken
 
 

@@ -223,7 +223,7 @@ def fingerprint(scheduler: Scheduler) -> tuple[object, ...]:
         (scheduler.epoch, scheduler.number, work),
         (scheduler.round, scheduler.stages, scheduler.stage, scheduler.version),
         (scheduler.contributions, scheduler.storing, scheduler.stored),
-        (scheduler.history, scheduler.test),
+        (scheduler.history, scheduler.test, scheduler.began),
     )
 
 

@@ -15,8 +15,10 @@ from zsplit.config import load_config
 from zsplit.errors import ConfigError, StorageError
 from zsplit.wire.messages import Evaluate, Prepared, Tally, Turn, bucket_of
 from zsplit_broker.events import Grant, Stopped
-from zsplit_broker.record import append_metrics, choose_folder, create_folder, summarise, write_summary
+from zsplit_broker.journal import Journal
+from zsplit_broker.record import append_metrics, choose_folder, create_folder, remove_folder, summarise, write_summary
 from zsplit_broker.tally import NOTHING, add, mean, quantile
+from zsplit_broker.versions import Versions
 
 FOLDER = Path("runs") / "digits-1"
 
@@ -99,6 +101,23 @@ def test_a_folder_that_has_gone_is_said_in_a_sentence(tmp_path: Path) -> None:
         append_metrics(tmp_path / "gone", b"{}")
 
 
+@pytest.mark.parametrize("theirs", [[], ["thesis.txt"], ["versions/mine"]])
+def test_a_folder_that_was_made_in_vain_goes_again_but_nothing_of_anybody_elses(
+    tmp_path: Path, theirs: list[str]
+) -> None:
+    folder = tmp_path / "run"
+    create_folder(folder, config_of())
+    Journal.open(folder, {"run": "r1"}).close()
+    Versions(folder / "versions").close()
+    write_summary(folder, {})
+    for name in theirs:
+        (folder / name).write_text("dear")
+    remove_folder(folder)
+    assert [str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()] == theirs
+    assert folder.exists() == bool(theirs)
+    remove_folder(folder)
+
+
 # The summary
 
 
@@ -160,7 +179,7 @@ def test_the_summary_has_what_it_promises() -> None:
     assert summary["model_file"] == str(FOLDER / "model.safetensors")
     assert summary["versions"] == [record.version for record in play.scheduler.history]
     assert summary["versions"][-1] == summary["stored"][-1]
-    assert summary["seconds"] == len(play.log) - 1
+    assert summary["seconds"] == len(play.log) - 1 - len(play.peers)  # a second each, from when all are there
     assert 0 <= summary["idle"]["server"] <= 1
 
 

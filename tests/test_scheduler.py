@@ -283,11 +283,13 @@ def test_rounds_add_up_exactly_and_their_versions_are_stored(play: Play, random:
         assert record.train.samples == epochs * sum(play.shards[c].train for c in clients)
         assert record.train.steps == sum(play.scheduler.steps(c) for c in clients)
         assert record.server.samples == record.train.samples
+        assert record.seconds > 0
         last = [merge for merge in merges if merge.round == record.round][-1]
         assert record.version == play.done(("server", last.server), last).digest
     stored = [entry.event.digest for entry in play.log if isinstance(entry.event, Stored)]
     assert {record.version for record in play.scheduler.history} <= set(stored)
     assert play.scheduler.stored[-1] == play.scheduler.history[-1].version
+    assert sum(record.seconds for record in play.scheduler.history) < play.scheduler.seconds
 
 
 @unhurried

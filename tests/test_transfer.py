@@ -62,7 +62,7 @@ class Holder:
         return {offset: length for offset, length, _ in self.manifest.chunks(names)}
 
 
-moves = st.sampled_from(["ask", "answer", "answer", "repeat", "again"])
+moves = st.sampled_from(["ask", "answer", "answer", "repeat", "refuse", "retry", "again"])
 
 
 @unhurried
@@ -74,7 +74,7 @@ def test_whatever_order_answers_come_in_exactly_the_wanted_bytes_arrive(
     fetch = Fetch(manifest.digest, holder.open_sink, wanted.__contains__)
     asked: list[Piece] = []
     answered: list[Piece] = []
-    for move in moves + ["ask", "answer"] * (1 + CREDIT + manifest.nbytes // CHUNK + len(NAMES)):
+    for move in moves + ["retry", "ask", "answer"] * (1 + CREDIT + manifest.nbytes // CHUNK + len(NAMES)):
         match move:
             case "ask":
                 asked += fetch.want()
@@ -87,6 +87,10 @@ def test_whatever_order_answers_come_in_exactly_the_wanted_bytes_arrive(
                 piece = random.choice(answered)
                 fetch.take(piece.offset, holder.answer(piece))
                 asked = [other for other in asked if other.offset != piece.offset]
+            case "refuse" if asked:
+                fetch.refuse(asked.pop().offset)
+            case "retry":
+                fetch.retry()
             case "again":
                 answered += asked  # their answers may still come
                 asked = []
@@ -123,6 +127,18 @@ def test_what_was_asked_for_before_a_lost_connection_is_asked_for_again_in_the_s
     fetch.take(CHUNK, memoryview(SECTION)[CHUNK : 2 * CHUNK])
     fetch.again()
     assert [piece.offset for piece in fetch.want()] == [n * CHUNK for n in (0, 2, 3, 4)]
+
+
+def test_what_was_refused_is_asked_for_when_it_is_tried_again_and_not_before() -> None:
+    manifest = Manifest.of([Entry("fc.weight", "U8", (10,), digest_of(b""))])
+    fetch = Fetch(manifest.digest, Holder(manifest).open_sink)
+    (piece,) = fetch.want()
+    fetch.refuse(piece.offset)
+    fetch.refuse(piece.offset)
+    assert fetch.want() == []
+    assert not fetch.done
+    fetch.retry()
+    assert fetch.want() == [piece]
 
 
 def test_an_answer_to_nothing_is_ignored() -> None:
@@ -183,6 +199,19 @@ def test_a_version_is_pulled_from_its_holder_and_stored_once_all_is_there(tmp_pa
     assert [outcome.error for outcome in writer.finished() if outcome.key == manifest.digest] == [None]
     assert versions.read(manifest.digest, CHUNK, 7) == SECTION[CHUNK : CHUNK + 7]
     versions.verify(manifest.digest)
+    versions.close()
+
+
+def test_a_version_whose_holder_is_away_is_asked_for_again(tmp_path: Path) -> None:
+    manifest = state(100)
+    versions, writer = Versions(tmp_path), Writer(lambda: None)
+    intake = Intake(Ref(digest=manifest.digest, holder="server.0"), "run", versions, writer)
+    (pull,) = intake.pulls()
+    intake.take(Chunk("run", "", NO_LEASE, "broker", pull.digest, pull.offset, 0, pull.what), None)
+    assert list(intake.pulls()) == []
+    intake.retry()
+    assert list(intake.pulls()) == [pull]
+    writer.close()
     versions.close()
 
 

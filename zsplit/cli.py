@@ -245,3 +245,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             raise
         click.echo(f"zsplit: {str(error).rstrip('.')}.", err=True)
         sys.exit(error.exit_code)
+    except Exception as error:
+        if debug:
+            raise
+        click.echo(f"zsplit: this is a bug: {type(error).__name__}: {error}. --debug shows where.", err=True)
+        sys.exit(1)

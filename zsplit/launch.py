@@ -9,6 +9,7 @@ import contextlib
 import json
 import multiprocessing
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -23,7 +24,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import msgspec
 
 from zsplit.config import Config, to_toml
-from zsplit.errors import RunFailedError, ZsplitError
+from zsplit.errors import ConfigError, RunFailedError, ZsplitError
 
 if TYPE_CHECKING:
     from torch import nn
@@ -55,12 +56,29 @@ class Result(NamedTuple):
     summary: dict[str, Any]
 
 
-class Peer(NamedTuple):
-    """A child process and the pipe through which it says how it ended."""
+class Peer:
+    """A child process, and the pipe through which it says how it ended."""
 
-    name: str
-    process: Any
-    ending: Connection
+    def __init__(self, name: str, process: Any, ending: Connection) -> None:
+        self.name = name
+        self.process = process
+        self._ending = ending
+        self._said: tuple[int, str] | None = None
+
+    @property
+    def failure(self) -> ZsplitError | None:
+        """Why it ended, where it ended in failure."""
+        code = self.process.exitcode
+        if code in (None, 0):
+            return None
+        if self._said is None:
+            self._said = 1, f"it died with exit code {code}"
+            with contextlib.suppress(EOFError):
+                if self._ending.poll():
+                    self._said = self._ending.recv()
+        error = RunFailedError(f"{self.name.capitalize()}: {self._said[1]}")
+        error.exit_code = self._said[0]
+        return error
 
 
 def run_here(
@@ -77,9 +95,10 @@ def run_here(
     on, and shows it until then. Ctrl-C (KeyboardInterrupt) stops everything and is raised again.
     Raises ZsplitError where a process cannot start.
     """
-    config = share_cores(config)
+    objects = _pickled(model, data)
+    config = share_cores(_named(config, model, data))
     with _broker(config, out) as (process, place):
-        peers = list(_peers(config, place, model, data, device))
+        peers = list(_peers(config, place, objects, device))
         try:
             if watch is not None:
                 watch(place, lambda: process.poll() is None and _failure(peers) is None)
@@ -89,6 +108,7 @@ def run_here(
             raise Interrupted(_result(process, place)) from None
         _stop(process, peers)
         if failed is not None:
+            _tidy(place.folder)
             raise failed
         return _result(process, place)
 
@@ -99,6 +119,27 @@ class Interrupted(KeyboardInterrupt):
     def __init__(self, result: Result) -> None:
         super().__init__(result.sentence)
         self.result = result
+
+
+def _named(config: Config, model: "nn.Module | None", data: "Data | None") -> Config:
+    """Return the config with the names of what a script hands over in place of those that it replaces."""
+    replace = msgspec.structs.replace
+    if model is not None:
+        config = replace(config, model=replace(config.model, name=type(model).__name__))
+    if data is not None:
+        config = replace(config, data=replace(config.data, name="own"))
+    return config
+
+
+def _pickled(model: "nn.Module | None", data: "Data | None") -> bytes:
+    """Return a script's objects for its own child processes; nothing pickled ever crosses the network."""
+    try:
+        return pickle.dumps((model, data))
+    except (pickle.PicklingError, AttributeError, TypeError) as error:
+        raise ConfigError(
+            f"The model or the data cannot be handed to other processes ({error}): "
+            "define its classes and functions at the top level of a module"
+        ) from error
 
 
 def share_cores(config: Config) -> Config:
@@ -148,7 +189,7 @@ def _broker_error(process: "subprocess.Popen[str]") -> ZsplitError:
     return error
 
 
-def _peers(config: Config, place: Place, model: "nn.Module | None", data: "Data | None", device: str) -> Iterator[Peer]:
+def _peers(config: Config, place: Place, objects: bytes, device: str) -> Iterator[Peer]:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["zsplit.train.peer"])
     logs = place.folder / "logs"
@@ -156,7 +197,7 @@ def _peers(config: Config, place: Place, model: "nn.Module | None", data: "Data 
     for role, index in [("server", 0), *(("client", i) for i in range(config.schedule.clients))]:
         name = f"{role} {index}"
         ours, theirs = context.Pipe(duplex=False)
-        arguments = (role, index, place.address, device, model, data, logs / f"{role}-{index}.log", theirs)
+        arguments = (role, index, place.address, device, objects, logs / f"{role}-{index}.log", theirs)
         process = context.Process(target=_live, args=arguments, name=f"zsplit {name}", daemon=True)
         process.start()
         theirs.close()
@@ -168,8 +209,7 @@ def _live(
     index: int,
     address: str,
     device: str,
-    model: "nn.Module | None",
-    data: "Data | None",
+    objects: bytes,
     log: Path,
     ending: Connection,
 ) -> None:
@@ -182,6 +222,7 @@ def _live(
     from zsplit.train.peer import run_client, run_server
 
     try:
+        model, data = pickle.loads(objects)  # noqa: S301  (from our own parent)
         if role == "server":
             run_server(address, device, model, data.shape if data else None)
         else:
@@ -203,18 +244,8 @@ def _die_with_parent() -> None:
 
 
 def _failure(peers: list[Peer]) -> ZsplitError | None:
-    """Return why a peer ended early, if one did."""
-    for peer in peers:
-        if peer.process.exitcode in (None, 0):
-            continue
-        code, sentence = 1, f"it died with exit code {peer.process.exitcode}"
-        with contextlib.suppress(EOFError):
-            if peer.ending.poll():
-                code, sentence = peer.ending.recv()
-        error = RunFailedError(f"{peer.name.capitalize()}: {sentence}")
-        error.exit_code = code
-        return error
-    return None
+    """Return why the first of those that failed did, if any."""
+    return next((failure for peer in peers if (failure := peer.failure) is not None), None)
 
 
 def _wait(process: "subprocess.Popen[str]", peers: list[Peer]) -> ZsplitError | None:
@@ -246,6 +277,16 @@ def _stop(process: "subprocess.Popen[str]", peers: list[Peer]) -> None:
         if peer.process.exitcode is None:
             peer.process.kill()
             peer.process.join()
+
+
+def _tidy(folder: Path) -> None:
+    """Remove the logs of a run that never began where nobody wrote anything, and with them the folder."""
+    for log in folder.glob("logs/*.log"):
+        if not log.stat().st_size:
+            log.unlink()
+    with contextlib.suppress(OSError):  # not empty: somebody did
+        (folder / "logs").rmdir()
+        folder.rmdir()
 
 
 def _result(process: "subprocess.Popen[str]", place: Place) -> Result:

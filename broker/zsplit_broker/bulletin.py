@@ -73,7 +73,7 @@ class Bulletin:
             servers=roles.count("server"),
             version=scheduler.stored[-1] if scheduler.stored else "",
             out=self.out,
-            seconds=scheduler.now,
+            seconds=scheduler.seconds,
             test_accuracy=mean(scheduler.test.top1, scheduler.test.samples),
         )
 

@@ -2,7 +2,6 @@
 
 import os
 import secrets
-import shutil
 import signal
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -14,7 +13,7 @@ from zsplit.config import Config
 from zsplit_broker.events import Finish
 from zsplit_broker.journal import Journal
 from zsplit_broker.loop import Broker
-from zsplit_broker.record import choose_folder, create_folder
+from zsplit_broker.record import choose_folder, create_folder, remove_folder
 from zsplit_broker.sockets import Sockets, bound
 
 
@@ -41,7 +40,7 @@ def run_broker(config: Config, out: str | None, ready: Callable[[Sockets, Path],
         ready(sockets, folder)
         outcome = broker.serve()
     if broker.scheduler.version is None:
-        shutil.rmtree(folder)
+        remove_folder(folder)
     return outcome
 
 

@@ -1,5 +1,6 @@
 """The run's folder as a person finds it: config, metrics, summary and the merged model."""
 
+import contextlib
 import json
 from pathlib import Path
 
@@ -7,6 +8,7 @@ from zsplit.config import Config, to_toml
 from zsplit.errors import ConfigError, StorageError
 from zsplit.wire.messages import Tally
 from zsplit_broker.disk import PARTIAL, storage_errors
+from zsplit_broker.journal import JOURNAL, LOCK
 from zsplit_broker.scheduler import Scheduler
 from zsplit_broker.tally import add, mean, quantile
 
@@ -35,6 +37,15 @@ def create_folder(folder: Path, config: Config) -> None:
         (folder / "config.toml").write_text(to_toml(config))
     except OSError as error:
         raise StorageError(f"cannot write to {folder}: {error.strerror}; choose another --out") from error
+
+
+def remove_folder(folder: Path) -> None:
+    """Remove what the broker put into a folder, and the folder where nothing else is in it."""
+    for name in ("config.toml", JOURNAL, LOCK, "summary.json"):
+        (folder / name).unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # somebody else's files stay
+        (folder / "versions").rmdir()
+        folder.rmdir()
 
 
 def append_metrics(folder: Path, body: bytes) -> None:
@@ -82,7 +93,7 @@ def summarise(scheduler: Scheduler, run: str, folder: Path) -> dict[str, object]
         "test_loss": mean(scheduler.test.loss_sum, scheduler.test.samples),
         "test_accuracy": mean(scheduler.test.top1, scheduler.test.samples),
         "test_top5": mean(scheduler.test.top5, scheduler.test.samples),
-        "seconds": scheduler.now,
+        "seconds": scheduler.seconds,
         "step_seconds": {
             "median": quantile(train.step_seconds, 0.5),
             "p95": quantile(train.step_seconds, 0.95),

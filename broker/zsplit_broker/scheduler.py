@@ -95,7 +95,8 @@ class Scheduler:
         self.history: list[RoundRecord] = []
         self.test = NOTHING
         self.now = 0.0
-        self._began = 0.0
+        self.began: float | None = None
+        self._round_began = 0.0
         self._tallies: dict[str, Tally] = {}
 
     # What there is to read
@@ -138,6 +139,11 @@ class Scheduler:
         """Return the names of the peers that the run waits for before it can begin."""
         names = [f"client {i}" for i in range(self.config.schedule.clients) if ("client", i) not in self.peers]
         return names if any(role == "server" for role, _ in self.peers) else [*names, "a server"]
+
+    @property
+    def seconds(self) -> float:
+        """The time since everybody had joined, up to the last event."""
+        return self.now - self.began if self.began is not None else 0.0
 
     # Events
 
@@ -215,7 +221,7 @@ class Scheduler:
 
     def _begin(self) -> Iterator[Instruction]:
         self.phase = "initialising"
-        self._began = self.now
+        self.began = self.now
         server = self._least_loaded()
         yield self._open(Init(lease=self._lease(), server=server))
 
@@ -242,7 +248,7 @@ class Scheduler:
                 pass  # a version is being stored: its commit comes back as an event
 
     def _start_round(self) -> Iterator[Instruction]:
-        self._began = self.now
+        self._round_began = self.now
         self._tallies = {}
         clients = participants(self.config, self.round)
         self.stages = stages_of(self.config, self.round, {c: self.steps(c) for c in clients})
@@ -296,7 +302,7 @@ class Scheduler:
                 self._tallies.get("client", NOTHING),
                 self._tallies.get("server", NOTHING),
                 self._tallies.get("validation", NOTHING),
-                self.now - self._began,
+                self.now - self._round_began,
             )
         )
         yield Announce(self.round)

@@ -30,12 +30,9 @@ class Workshop:
         )
         self.traced: Traced = trace(self.model, torch.zeros(2, *shape))
         self._parts: dict[str, tuple[Part, ...]] = {}
-        self.cut = self.traced.cut(config.model.cut if config.model.cut != "" else self._default_cut()).name
-
-    def _default_cut(self) -> str | int:
-        """The model's own choice, or the place in the middle of the list."""
-        named = zoo.default_cut(self.config.model.name)
-        return named if named is not None else self.traced.cuts[len(self.traced.cuts) // 2].index
+        own = zoo.default_cut(config.model.name) if model is None else None
+        middle = self.traced.cuts[len(self.traced.cuts) // 2].name if self.traced.cuts else ""
+        self.cut = self.traced.cut(config.model.cut if config.model.cut != "" else own or middle).name
 
     def parts(self, cut: str) -> tuple[Part, ...]:
         """Return front and back of the model itself; cut once for each place."""
