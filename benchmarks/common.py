@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import version
 from multiprocessing.connection import Connection, wait
+from multiprocessing.context import SpawnProcess
 from pathlib import Path
 from typing import IO, Any
 
@@ -24,15 +25,14 @@ json_option = click.option("--json", "file", type=click.Path(path_type=Path), he
 
 
 @contextmanager
-def child(target: Callable[..., None], *arguments: object) -> Iterator[tuple[int, Any]]:
-    """Run `target(report, *arguments)` in a process of its own; yield the process id and what it first reports."""
+def child(target: Callable[..., None], *arguments: object) -> Iterator[tuple[SpawnProcess, Any]]:
+    """Run `target(report, *arguments)` in a process of its own; yield it and what it first reports."""
     ours, theirs = processes.Pipe(duplex=False)
     process = processes.Process(target=_with_parent, args=(target, theirs, *arguments), daemon=True)
     process.start()
     theirs.close()
     try:
-        assert process.pid is not None
-        yield process.pid, ours.recv()
+        yield process, ours.recv()
     finally:
         process.kill()
         process.join()

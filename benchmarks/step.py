@@ -28,7 +28,7 @@ from typing import Any, NamedTuple
 import click
 import torch
 import zmq
-from common import child, json_option, machine, processes, write
+from common import child, json_option, machine, write
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
@@ -48,6 +48,9 @@ WARM_UP = 3
 
 POOL = 8
 """Different mini-batches; they come again and again."""
+
+POLL_SECONDS = 1
+"""How often it is asked, while a block lasts, whether all processes still live."""
 
 CLASSES, RATE, MOMENTUM = 10, 0.01, 0.9
 
@@ -72,16 +75,18 @@ class Setting(NamedTuple):
 class Course(Dataset[tuple[Tensor, int]]):
     """The samples of one way. For each number that comes through its gate it lets so many steps pass.
 
-    At the end of such a block it answers with the duration of each step, in seconds.
+    At the end of such a block it answers with the duration of each step, in seconds. The gate is a PAIR socket;
+    what trains is connected to it with its first sample.
     """
 
-    def __init__(self, setting: Setting, gate: Connection) -> None:
+    def __init__(self, setting: Setting, gate: str) -> None:
         generator = torch.Generator().manual_seed(0)
         count = POOL * setting.batch
         self.inputs = torch.randn(count, *setting.shape, generator=generator)
         self.labels = torch.randint(CLASSES, (count,), generator=generator).tolist()
         self._batch, self._length = setting.batch, setting.batch * sum(setting.blocks)
-        self._gate = gate
+        self._endpoint = gate
+        self._gate: zmq.Socket[bytes] | None = None
         self._given = self._left = 0
         self._starts: list[float] = []
 
@@ -97,12 +102,19 @@ class Course(Dataset[tuple[Tensor, int]]):
     def _begin_step(self) -> None:
         now = time.perf_counter()
         if self._left == 0:
-            if self._starts:
-                self._gate.send([after - before for before, after in itertools.pairwise([*self._starts, now])])
-            self._left, self._starts = self._gate.recv(), []
+            self._wait(now)
             now = time.perf_counter()
         self._left -= 1
         self._starts.append(now)
+
+    def _wait(self, now: float) -> None:
+        """Answer for the block that has ended, if one has, and wait for the next."""
+        if self._gate is None:
+            self._gate = zmq.Context().socket(zmq.PAIR)
+            self._gate.connect(self._endpoint)
+        else:
+            self._gate.send_json([after - before for before, after in itertools.pairwise([*self._starts, now])])
+        self._left, self._starts = int(self._gate.recv()), []
 
 
 # The uncut model
@@ -215,48 +227,50 @@ def train_split(setting: Setting, course: Course, drive: Callable[[Callable[[], 
 Round = dict[str, list[float]]
 """The durations of a block's steps, in seconds, by way."""
 
+Gates = dict[str, zmq.Socket[bytes]]
+"""The gate of each way's course."""
+
 
 def measure(setting: Setting) -> list[Round]:
     """Let all ways train in turns; return what each round took."""
-    gates = {way: processes.Pipe() for way in WAYS}
-    courses = {way: Course(setting, theirs) for way, (_, theirs) in gates.items()}
     rounds: list[Round] = []
     with ExitStack() as stack:
-        stack.enter_context(child(train_uncut, setting, courses["uncut"]))
-        _, endpoint = stack.enter_context(child(serve_pickle, setting))
-        stack.enter_context(child(train_pickle, setting, courses["pickle"], endpoint))
+        context = stack.enter_context(zmq.Context())
+        stack.callback(context.destroy, linger=0)
+        gates = {way: context.socket(zmq.PAIR) for way in WAYS}
+        for gate in gates.values():
+            gate.bind("tcp://127.0.0.1:*")
+        courses = {way: Course(setting, gate.getsockopt_string(zmq.LAST_ENDPOINT)) for way, gate in gates.items()}
+        uncut, _ = stack.enter_context(child(train_uncut, setting, courses["uncut"]))
+        server, endpoint = stack.enter_context(child(serve_pickle, setting))
+        client, _ = stack.enter_context(child(train_pickle, setting, courses["pickle"], endpoint))
 
         def take_turns(on: Callable[[], bool]) -> None:
-            for _, theirs in gates.values():
-                theirs.close()  # so that the pipe of a process that is gone ends
-            rounds.extend(drive({way: ours for way, (ours, _) in gates.items()}, setting, on))
+            alive = [on, uncut.is_alive, server.is_alive, client.is_alive]
+            rounds.extend(drive(gates, setting, lambda: all(each() for each in alive)))
 
         train_split(setting, courses["split"], take_turns)
     return rounds
 
 
-def drive(gates: dict[str, Connection], setting: Setting, on: Callable[[], bool]) -> Iterator[Round]:
-    """Let one block after the other pass, while `on` says so; yield the rounds."""
+def drive(gates: Gates, setting: Setting, on: Callable[[], bool]) -> Iterator[Round]:
+    """Let one block after the other pass, while `on` says that all processes live; yield the rounds."""
     warm_up, *blocks, last = setting.blocks
     pass_block(gates, WAYS, warm_up, on)
     for steps, order in zip(blocks, itertools.cycle(itertools.permutations(WAYS)), strict=False):
         yield pass_block(gates, order, steps, on)
-    for gate in gates.values():
-        gate.send(last)
+    gates["split"].send(b"%d" % last)
 
 
-def pass_block(gates: dict[str, Connection], order: Sequence[str], steps: int, on: Callable[[], bool]) -> Round:
+def pass_block(gates: Gates, order: Sequence[str], steps: int, on: Callable[[], bool]) -> Round:
     """Let each way take so many steps, one way after the other; return their durations."""
     taken = {}
     for way in order:
-        gates[way].send(steps)
-        while not gates[way].poll(1.0):
+        gates[way].send(b"%d" % steps)
+        while not gates[way].poll(POLL_SECONDS * 1000):
             if not on():
-                raise click.ClickException(f"the product's run ended while {way} was being measured")
-        try:
-            taken[way] = gates[way].recv()
-        except EOFError:
-            raise click.ClickException(f"{way} failed while it was being measured: its own words are above") from None
+                raise click.ClickException(f"a process ended while {way} was being measured: its words are above")
+        taken[way] = gates[way].recv_json()
     return taken
 
 

@@ -243,25 +243,44 @@ def test_a_buffer_in_the_state_stays_on_one_side() -> None:
 
 
 class Counting(Net):
-    """Changes a buffer in its own forward."""
+    """Changes a buffer in its own forward, and uses it twice."""
 
-    def __init__(self) -> None:
+    def __init__(self, persistent: bool) -> None:
         super().__init__()
-        self.register_buffer("count", torch.zeros(()))
+        self.register_buffer("count", torch.zeros(()), persistent=persistent)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.a(x)
         self.count.add_(1)
-        return self.d(self.b(x * self.count))
+        return self.d(self.b(x * self.count) + self.count)
 
 
-def test_a_buffer_that_forward_changes_is_changed_at_every_run() -> None:
-    model = Counting()
-    assert names(model) == ["a", "mul", "b"]
+@pytest.mark.parametrize("persistent", [True, False])
+def test_a_buffer_that_forward_changes_is_changed_once_at_every_run(persistent: bool) -> None:
+    model = Counting(persistent)
+    assert names(model) == ["a", "add"]
     for runs, cut in enumerate(names(model), start=1):
         front, back = split(model, ROWS, cut)
+        assert (front.state_dict() | back.state_dict()).keys() == model.state_dict().keys()
         back(front(ROWS))
         assert model.count == runs
+
+
+class Drawn(Net):
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.a(x)
+        noise = torch.rand_like(self.c.bias)
+        return self.d(self.b(x * noise) * noise)
+
+
+def test_random_numbers_are_drawn_on_one_side_only() -> None:
+    assert names(Drawn()) == ["a", "mul_1"]
+
+
+def test_what_is_never_used_goes_with_what_stands_before_it() -> None:
+    front, back = split(Sizes(), ROWS, "view")
+    assert set(front.state_dict()) == {"a.weight", "a.bias"}
+    assert {"c.weight", "d.weight"} <= back.state_dict().keys()
 
 
 class Sizes(Net):
@@ -337,6 +356,10 @@ NO_BATCH = "what crosses there is not a floating-point tensor with the batch as 
 def test_a_node_that_is_no_cut_says_why(model: nn.Module, cut: str, reason: str) -> None:
     name = type(model).__name__
     assert refusal(model, cut).startswith(f"{name} cannot be cut at '{cut}', since {reason}")
+
+
+def test_the_batch_is_told_from_a_dimension_of_the_same_size() -> None:
+    assert names(Turned(), torch.ones(4, 4)) == names(Turned(), ROWS)
 
 
 def test_a_model_without_cuts_says_so() -> None:

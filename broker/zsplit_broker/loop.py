@@ -53,6 +53,7 @@ from zsplit_broker.events import (
     Finish,
     Grant,
     Instruction,
+    Lost,
     Open,
     Started,
     Stopped,
@@ -272,8 +273,11 @@ class Broker:
         now = self.now()
         match message:
             case Hello():
-                for reply in self.router.hello(sender, message, now):
-                    self._send(reply.to, reply.message)
+                for answer in self.router.hello(sender, message, now):
+                    if isinstance(answer, Lost):
+                        self.news.append(answer)
+                    else:
+                        self._send(answer.to, answer.message)
             case Beat():
                 self.news += self.router.control(message, sender, now)
                 self._answer(message, sender, now)
@@ -305,7 +309,7 @@ class Broker:
         except zmq.ZMQError as error:
             if error.errno != zmq.EHOSTUNREACH:
                 raise
-            self.news += self.router.unreachable(to)
+            self.router.unreachable(to)
 
     # Data
 

@@ -59,6 +59,8 @@ class Session:
         self.control = control
         self.data: bytes | None = None
         self.seen = now
+        self.reachable = True
+        self.challenged: float | None = None
         self.revision = 0
         self.orders: tuple[tuple[Job, ...], tuple[str, ...], Finish | None] = ((), (), None)
         self.beat: Beat | None = None
@@ -123,8 +125,8 @@ class Router:
 
     # Hello
 
-    def hello(self, control: bytes, hello: Hello, now: float) -> Iterator[Outgoing]:
-        """Answer a hello: welcome, refusal, or nothing yet (the peer says hello again)."""
+    def hello(self, control: bytes, hello: Hello, now: float) -> Iterator[Outgoing | Lost]:
+        """Answer a hello: welcome, refusal, or nothing yet (the peer says hello again); say who was replaced."""
         sentence = self._objection(hello)
         if sentence:
             yield Outgoing(control, Refused(sentence=sentence, code=2))
@@ -146,7 +148,7 @@ class Router:
             return f"this run is over: {self.finish.sentence}"
         return ""
 
-    def _admit(self, control: bytes, hello: Hello, now: float) -> Iterator[Outgoing]:
+    def _admit(self, control: bytes, hello: Hello, now: float) -> Iterator[Outgoing | Lost]:
         index = hello.index if hello.index >= 0 else self._index_of(hello)
         if index is None:
             clients = self.config.schedule.clients
@@ -154,15 +156,30 @@ class Router:
             return
         there = self._by_peer.get((hello.role, index))
         if there is not None and there.instance != hello.instance:
-            if now - there.seen < 2.5 * self.config.link.beat_seconds:
-                sentence = f"{hello.role} {index} is already running on {there.host or 'another host'}"
-                yield Outgoing(control, Refused(sentence=sentence, code=1))
-            return  # else it may be dead: silence decides within lease_seconds, and the newcomer asks again
+            if there.reachable:
+                yield from self._challenge(there, control)
+                return
+            yield self._lose(there, "its connection closed, and another process took its place")
+            there = None
         if there is None:
             there = Session(self._new_token(), hello, index, control, now)
             self.sessions[there.token] = self._by_peer[there.peer] = there
-        there.control, there.seen = control, now
+        there.control, there.seen, there.reachable = control, now, True
         yield Outgoing(control, self._welcome(there.token, index))
+
+    def _challenge(self, there: Session, newcomer: bytes) -> Iterator[Outgoing]:
+        """Find out whether the process that has the newcomer's index still lives; the newcomer asks again meanwhile.
+
+        A beat since the challenge proves it, a probe that cannot be delivered disproves it, silence decides within
+        `lease_seconds`.
+        """
+        if there.challenged is None:
+            there.challenged = there.seen
+            yield Outgoing(there.control, self.orders(there))
+        elif there.seen > there.challenged:
+            there.challenged = None
+            sentence = f"{there.role} {there.index} is already running on {there.host or 'another host'}"
+            yield Outgoing(newcomer, Refused(sentence=sentence, code=1))
 
     def _index_of(self, hello: Hello) -> int | None:
         """Return the index of a process that left it to us: the one it has, else the lowest that is free."""
@@ -190,7 +207,7 @@ class Router:
         if session is None or session.control != control:
             self.dropped += 1
             return []
-        session.seen = now
+        session.seen, session.reachable = now, True
         match message:
             case Beat():
                 return list(self._beat(session, message, now))
@@ -281,13 +298,11 @@ class Router:
             return f"it beats, but makes no progress for {link.progress_seconds:g} s (link.progress_seconds)"
         return ""
 
-    def unreachable(self, control: bytes) -> list[Event]:
-        """A control message could not be delivered: its peer's connection is gone."""
-        return [
-            self._lose(session, "its connection closed")
-            for session in list(self.sessions.values())
-            if session.control == control
-        ]
+    def unreachable(self, control: bytes) -> None:
+        """A control message could not be delivered: the connection is gone. Its peer may come back in time."""
+        for session in self.sessions.values():
+            if session.control == control:
+                session.reachable = False
 
     def _lose(self, session: Session, sentence: str) -> Lost:
         self.sessions.pop(session.token, None)
