@@ -13,11 +13,15 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import version
 from multiprocessing.connection import Connection, wait
-from multiprocessing.context import SpawnProcess
 from pathlib import Path
 from typing import IO, Any
 
 import click
+from rich.console import Console
+from rich.table import Table
+
+WIDTH = 110
+"""Characters in a line of a table."""
 
 processes = multiprocessing.get_context("spawn")
 
@@ -25,14 +29,15 @@ json_option = click.option("--json", "file", type=click.Path(path_type=Path), he
 
 
 @contextmanager
-def child(target: Callable[..., None], *arguments: object) -> Iterator[tuple[SpawnProcess, Any]]:
-    """Run `target(report, *arguments)` in a process of its own; yield it and what it first reports."""
+def child(target: Callable[..., None], *arguments: object) -> Iterator[tuple[int, Any]]:
+    """Run `target(report, *arguments)` in a process of its own; yield the process id and what it first reports."""
     ours, theirs = processes.Pipe(duplex=False)
     process = processes.Process(target=_with_parent, args=(target, theirs, *arguments), daemon=True)
     process.start()
     theirs.close()
     try:
-        yield process, ours.recv()
+        assert process.pid is not None
+        yield process.pid, ours.recv()
     finally:
         process.kill()
         process.join()
@@ -89,6 +94,11 @@ def machine(*packages: str) -> dict[str, Any]:
 def with_goal(figure: str, goal: str) -> str:
     """Return a table's cell: the figure, and in brackets what it is to reach."""
     return f"{figure} ({goal})"
+
+
+def show(table: Table) -> None:
+    """Print the table, just as wide on a terminal as into a file."""
+    Console(width=WIDTH).print(table)
 
 
 def write(file: Path | None, figures: Mapping[str, Any]) -> None:

@@ -21,8 +21,8 @@ from tempfile import TemporaryDirectory
 from typing import IO, Any
 
 import click
-from common import json_option, machine, running_broker, with_goal, write
-from rich.console import Console
+from common import json_option, machine, running_broker, show, with_goal, write
+from rich.box import SIMPLE
 from rich.table import Table
 
 SCRIPTS = {"python": "pass", "import": "import zsplit"}
@@ -136,7 +136,7 @@ def figures_of(taken: Sequence[dict[str, float]], packages: dict[str, list[str]]
 def table_of(figures: dict[str, Any]) -> Table:
     """Return the figures as a table."""
     seconds, over = figures["seconds"], figures["over_python"]
-    table = Table(title=f"Starting up: medians of {len(figures['taken'])}")
+    table = Table(title=f"Starting up: medians of {len(figures['taken'])}", box=SIMPLE)
     for column in ("what", "figure (to reach)", "beyond `python -c pass`"):
         table.add_column(column, justify="left" if column == "what" else "right")
     table.add_row("python -c pass", f"{seconds['python'] * 1e3:.0f} ms")
@@ -156,7 +156,7 @@ def table_of(figures: dict[str, Any]) -> Table:
 def main(rounds: int, file: Path | None) -> None:
     """Measure the import of zsplit and the start of a broker, and look at what processes load."""
     figures = figures_of(measure(rounds), loaded())
-    Console().print(table_of(figures))
+    show(table_of(figures))
     write(file, {"machine": machine("msgspec", "pyzmq", "torch"), **figures})
 
 

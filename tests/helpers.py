@@ -130,7 +130,7 @@ class Play:
         self.peers += [("client", i) for i in range(config.schedule.clients)]
         self.log: list[Entry] = []
         self.said: list[Instruction] = []
-        self._still = still
+        self.still = still
         self._clock = clock
 
     def tell(self, event: Event) -> list[Instruction]:
@@ -172,7 +172,7 @@ class Play:
 
     def done(self, peer: Peer, job: Job) -> Done:
         """Return the report of a job that went well."""
-        digest = digest_of(b"" if self._still else f"{job.lease} {peer}".encode())
+        digest = digest_of(b"" if self.still else f"{job.lease} {peer}".encode())
         return Done(job.lease, "client" if peer[0] == "client" else "server", digest, self.tally(peer, job))
 
     def tally(self, peer: Peer, job: Job) -> Tally:

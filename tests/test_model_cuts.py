@@ -1,17 +1,15 @@
 """Where models can be cut, what is said about each cut, and what is refused in which words."""
 
-import copy
 import dataclasses
 import threading
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision import models
 
 from zsplit.errors import PlanError
-from zsplit.model import cut_points, split, trace
+from zsplit.model import Traced, cut_points, trace
 
 
 class Net(nn.Module):
@@ -43,11 +41,11 @@ def untraceable(model: nn.Module, example: Tensor = ROWS) -> str:
 
 
 @pytest.fixture(scope="module")
-def resnet():
+def resnet() -> Traced:
     return trace(models.resnet18(), torch.zeros(1, 3, 32, 32))
 
 
-def test_cuts_are_numbered_and_named_in_the_order_of_execution(resnet) -> None:
+def test_cuts_are_numbered_and_named_in_the_order_of_execution(resnet: Traced) -> None:
     assert [cut.index for cut in resnet.cuts] == list(range(22))
     assert [cut.name for cut in resnet.cuts][:6] == [
         "conv1", "bn1", "relu", "maxpool", "layer1.0.add", "layer1.0.relu_1",
@@ -92,7 +90,7 @@ def test_a_cut_says_what_crosses_and_what_is_on_either_side() -> None:
         assert (last.name, last.shape, last.back_flops) == ("3", (5,), 20)
 
 
-def test_flops_are_twice_the_multiply_adds_that_torchvision_states(resnet) -> None:
+def test_flops_are_twice_the_multiply_adds_that_torchvision_states(resnet: Traced) -> None:
     whole = cut_points(models.resnet18(), torch.zeros(1, 3, 224, 224))[0]
     stated = models.ResNet18_Weights.DEFAULT.meta["_ops"]
     assert (whole.front_flops + whole.back_flops) / 2e9 == pytest.approx(stated, rel=1e-3)
@@ -101,7 +99,7 @@ def test_flops_are_twice_the_multiply_adds_that_torchvision_states(resnet) -> No
     }
 
 
-def test_a_cut_is_given_by_name_index_digits_module_or_as_it_is(resnet) -> None:
+def test_a_cut_is_given_by_name_index_digits_module_or_as_it_is(resnet: Traced) -> None:
     cut = resnet.cuts[7]
     assert cut.name == "layer1.1.relu_1"
     for key in (7, "7", "layer1.1.relu_1", "layer1", "layer1.1", cut):
@@ -156,131 +154,20 @@ def test_where_names_are_digits_the_name_wins_over_the_index() -> None:
         ),
     ],
 )
-def test_a_cut_that_does_not_exist_is_refused_with_the_nearest_ones(resnet, key: str | int, sentence: str) -> None:
+def test_a_cut_that_does_not_exist_is_refused_with_the_nearest_ones(
+    resnet: Traced, key: str | int, sentence: str
+) -> None:
     with pytest.raises(PlanError) as error:
         resnet.cut(key)
     assert str(error.value) == sentence
 
 
-def test_cuts_are_to_be_given_in_order(resnet) -> None:
+def test_cuts_are_to_be_given_in_order(resnet: Traced) -> None:
     for cuts in [("relu", "conv1"), ("relu", "relu")]:
         with pytest.raises(
             PlanError, match=r"^The cut '.*' \(\d+\) does not come after 'relu' \(2\): give the cuts in "
         ):
             resnet.split(*cuts)
-
-
-class Tied(Net):
-    def __init__(self) -> None:
-        super().__init__()
-        self.c.weight = self.a.weight
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.d(self.c(self.b(self.a(x))))
-
-
-class Twice(Net):
-    def forward(self, x: Tensor) -> Tensor:
-        return self.d(self.b(self.a(self.a(x))))
-
-
-def test_tied_parameters_are_not_torn_apart() -> None:
-    assert names(Tied()) == ["c"]
-    assert refusal(Tied(), "b") == (
-        "Tied cannot be cut at 'b', since 'a.weight' is used on both sides, and tied parameters and shared buffers "
-        "have to stay on one: take 'c' (0) after it; `zsplit cuts` lists all cuts."
-    )
-    model = Tied()
-    front, back = split(model, ROWS, "c")
-    assert set(front.state_dict()) == {"a.weight", "a.bias", "b.weight", "b.bias", "c.weight", "c.bias"}
-    assert copy.deepcopy(front).get_parameter("a.weight").data_ptr() != model.a.weight.data_ptr()
-    assert len(list(copy.deepcopy(front).parameters())) == 5
-    assert set(back.state_dict()) == {"d.weight", "d.bias"}
-    assert cut_points(model, ROWS)[0].front_params == 16 + 4 + 20 + 4
-
-
-def test_a_module_that_runs_twice_stays_on_one_side() -> None:
-    assert names(Twice()) == ["a_1", "b"]
-    assert "'a.bias' is used on both sides" in refusal(Twice(), "a")
-
-
-def test_parameters_fetched_by_operations_go_where_they_are_used() -> None:
-    traced = trace(models.VisionTransformer(8, 4, 1, 2, 8, 8, num_classes=3), torch.zeros(2, 3, 8, 8))
-    before, behind = traced.split("permute"), traced.split("encoder.add")
-    for name in ("class_token", "encoder.pos_embedding"):
-        assert name in before[1].state_dict()
-        assert name in behind[0].state_dict()
-
-
-class Masked(Net):
-    """Uses a buffer twice, a tensor that is no buffer and one that forward makes, and has what it never uses."""
-
-    def __init__(self, persistent: bool) -> None:
-        super().__init__()
-        self.register_buffer("mask", torch.tensor([1.0, 0, 1, 0]), persistent=persistent)
-        self.scale = torch.tensor(3.0)
-        self.unused = nn.Parameter(torch.ones(7))
-        self.also_unused = self.unused
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.d(self.b(self.a(x) * self.mask) * self.mask * self.scale) + torch.arange(4)
-
-
-def test_what_is_no_part_of_the_state_may_be_used_on_both_sides() -> None:
-    model = Masked(persistent=False)
-    assert names(model) == ["a", "mul", "b", "mul_1", "mul_2", "d"]
-    for cut in names(model):
-        front, back = split(model, ROWS, cut)
-        assert torch.equal(copy.deepcopy(back)(copy.deepcopy(front)(ROWS)), model(ROWS))
-        assert len(front.state_dict()) + len(back.state_dict()) == len(model.state_dict())
-
-
-def test_a_buffer_in_the_state_stays_on_one_side() -> None:
-    assert names(Masked(persistent=True)) == ["a", "mul_1", "mul_2", "d"]
-    assert "'mask' is used on both sides, and tied parameters and shared buffers" in refusal(
-        Masked(persistent=True), "b"
-    )
-
-
-class Counting(Net):
-    """Changes a buffer in its own forward, and uses it twice."""
-
-    def __init__(self, persistent: bool) -> None:
-        super().__init__()
-        self.register_buffer("count", torch.zeros(()), persistent=persistent)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.a(x)
-        self.count.add_(1)
-        return self.d(self.b(x * self.count) + self.count)
-
-
-@pytest.mark.parametrize("persistent", [True, False])
-def test_a_buffer_that_forward_changes_is_changed_once_at_every_run(persistent: bool) -> None:
-    model = Counting(persistent)
-    assert names(model) == ["a", "add"]
-    for runs, cut in enumerate(names(model), start=1):
-        front, back = split(model, ROWS, cut)
-        assert (front.state_dict() | back.state_dict()).keys() == model.state_dict().keys()
-        back(front(ROWS))
-        assert model.count == runs
-
-
-class Drawn(Net):
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.a(x)
-        noise = torch.rand_like(self.c.bias)
-        return self.d(self.b(x * noise) * noise)
-
-
-def test_random_numbers_are_drawn_on_one_side_only() -> None:
-    assert names(Drawn()) == ["a", "mul_1"]
-
-
-def test_what_is_never_used_goes_with_what_stands_before_it() -> None:
-    front, back = split(Sizes(), ROWS, "view")
-    assert set(front.state_dict()) == {"a.weight", "a.bias"}
-    assert {"c.weight", "d.weight"} <= back.state_dict().keys()
 
 
 class Sizes(Net):
@@ -454,87 +341,3 @@ def test_an_example_is_a_batch() -> None:
         assert untraceable(nn.Linear(4, 4), example) == (
             f"An example of shape {list(example.shape)} is no batch: give it a first dimension of samples."
         )
-
-
-def test_a_state_that_would_be_lost_is_refused() -> None:
-    class Extra(Net):
-        def get_extra_state(self) -> int:
-            return 1
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.b(self.a(x))
-
-    with pytest.raises(PlanError) as error:
-        split(Extra(), ROWS, "a")
-    assert str(error.value) == (
-        "The state of Extra holds '_extra_state', which is neither a parameter nor a buffer and would be lost: "
-        "make it a buffer."
-    )
-
-
-class Optional(Net):
-    def forward(self, x: Tensor, mask: Tensor | None = None, twice: bool = False, scale: float = 2.0) -> Tensor:
-        x = self.a(x) if mask is None else self.a(x) * mask
-        return self.b(x) * scale
-
-
-def test_further_inputs_keep_their_defaults() -> None:
-    model = Optional()
-    assert names(model) == ["a", "b"]
-    front, back = split(model, ROWS, "a")
-    assert torch.equal(back(front(ROWS)), model(ROWS))
-
-
-class Remembering(Net):
-    def __init__(self) -> None:
-        super().__init__()
-        self.last: Tensor | None = None
-        self.norm = nn.BatchNorm1d(4)
-        self.drop = nn.Dropout()
-
-    def forward(self, x: Tensor) -> Tensor:
-        self.last = self.norm(self.a(x))
-        return self.b(self.drop(self.last)) + torch.ones(4)
-
-
-def test_tracing_leaves_the_model_and_the_generator_as_they_are() -> None:
-    model = Remembering()
-    model.norm.eval()
-    modes = [module.training for module in model.modules()]
-    attributes = {name: set(vars(module)) for name, module in model.named_modules()}
-    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    generator = torch.get_rng_state()
-    cut_points(model, ROWS)
-    assert [module.training for module in model.modules()] == modes
-    assert {name: set(vars(module)) for name, module in model.named_modules()} == attributes
-    assert model.last is None
-    assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
-    assert torch.equal(torch.get_rng_state(), generator)
-
-
-class Stateful(nn.Module):
-    """Sequence first inside, batch first outside; a module of torch's with state that its forward changes."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed = nn.Embedding(9, 4)
-        self.lstm = nn.LSTM(4, 4, 2, dropout=0.5)
-        self.norm = nn.utils.parametrizations.spectral_norm(nn.Linear(4, 4))
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        out, _ = self.lstm(self.embed(tokens).transpose(0, 1))
-        return F.relu(self.norm(out[-1]))
-
-
-def test_sequences_of_integers_can_be_the_input() -> None:
-    model, tokens = Stateful(), torch.arange(6).view(3, 2)
-    assert names(model, tokens) == ["embed", "getitem_2", "norm"]
-    for cut in names(model, tokens):
-        whole = copy.deepcopy(model)
-        torch.manual_seed(0)
-        expected = whole(tokens)
-        front, back = (copy.deepcopy(part) for part in split(model, tokens, cut))
-        torch.manual_seed(0)
-        assert torch.equal(back(front(tokens)), expected)
-        left = front.state_dict() | back.state_dict()
-        assert all(torch.equal(tensor, left[name]) for name, tensor in whole.state_dict().items())

@@ -183,11 +183,14 @@ def test_the_summary_has_what_it_promises() -> None:
     assert 0 <= summary["idle"]["server"] <= 1
 
 
-def test_the_validation_in_the_summary_is_the_latest_there_is() -> None:
-    play = Play(config_of(run__rounds=3, run__eval_every=2, schedule__clients=1)).begin().go_on()
-    validated = [record.validation.samples for record in play.scheduler.history]
-    assert validated == [0, 4, 0]
-    assert summarise(play.scheduler, "r1", FOLDER)["val_accuracy"] == 0.5
+def test_losses_and_accuracies_in_the_summary_are_those_of_the_latest_round_that_has_any() -> None:
+    play = Play(config_of(run__rounds=3, schedule__clients=1)).begin().go_on()
+    for round_, top1 in enumerate([1, 3, 0]):
+        validation = Tally(samples=4, top1=top1, loss_sum=2.0) if top1 else NOTHING
+        train = Tally(samples=10, steps=1, loss_sum=10.0 - round_)
+        play.scheduler.history[round_] = play.scheduler.history[round_]._replace(validation=validation, train=train)
+    summary = summarise(play.scheduler, "r1", FOLDER)
+    assert (summary["val_accuracy"], summary["val_loss"], summary["train_loss"]) == (0.75, 0.5, 0.8)
 
 
 def test_a_run_that_failed_has_a_summary_of_the_rounds_that_are_done() -> None:

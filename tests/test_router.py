@@ -67,7 +67,7 @@ from zsplit.wire.messages import (
 from zsplit_broker.bulletin import Bulletin
 from zsplit_broker.events import Close, Done, Entry, Event, Joined, Lost, Ready, Started, Store, Stored
 from zsplit_broker.record import summarise
-from zsplit_broker.router import BROKER, Route, Router, peer_of
+from zsplit_broker.router import BROKER, Outgoing, Route, Router, peer_of
 from zsplit_broker.scheduler import Peer, Scheduler
 
 SMASHED = TensorMeta("smashed", "F32", (2, 3), "raw", 24)
@@ -101,6 +101,7 @@ class Desk:
         self.router = Router(self.config, self.scheduler, RUN, (5758, 5759), lambda: next(tokens))
         self.log: list[Event] = []
         self.stores: list[str] = []
+        self.probed: list[bytes] = []
         self._ids = count()
         self.take([Started(1)])
 
@@ -123,8 +124,10 @@ class Desk:
         control = more.pop("control", None) or self.routing_id()
         hello = Hello(**{"protocol": PROTOCOL, "role": role, "index": index, "instance": instance} | more)
         answers = list(self.router.hello(control, hello, self.now))
-        assert all(answer.to == control for answer in answers)
-        return answers[0].message if answers else None
+        self.take([answer for answer in answers if isinstance(answer, Lost)])
+        sent = [answer for answer in answers if isinstance(answer, Outgoing)]
+        self.probed = [out.to for out in sent if out.to != control]
+        return next((out.message for out in sent if out.to == control), None)
 
     def enter(self, role: Role, index: int = -1, instance: str | None = None) -> Member:
         """Say hello and attach; not ready for jobs yet."""
@@ -263,10 +266,14 @@ def test_a_run_that_is_over_refuses_everybody(role: Role) -> None:
     assert desk.hello(role) == Refused(sentence="this run is over: the run is finished", code=2)
 
 
-def test_a_second_process_with_the_same_index_is_sent_away_while_the_first_is_alive() -> None:
+def test_a_second_process_with_the_same_index_is_sent_away_once_the_first_has_proved_alive() -> None:
     desk = Desk()
     first = desk.join("client", 1)
-    desk.now = 1.0
+    assert desk.hello("client", 1, "second", host="here") is None
+    assert desk.probed == [first.control]
+    assert desk.hello("client", 1, "second", host="here") is None
+    desk.now += 1.0
+    desk.beat(first)
     assert desk.hello("client", 1, "second", host="here") == Refused(
         sentence="client 1 is already running on another host", code=1
     )
@@ -275,10 +282,26 @@ def test_a_second_process_with_the_same_index_is_sent_away_while_the_first_is_al
 
 def test_it_is_told_where_the_first_one_runs() -> None:
     desk = Desk()
-    assert isinstance(desk.hello("server", 0, host="gpu-7"), Welcome)
-    answer = desk.hello("server", 0, "second", host="here")
-    assert isinstance(answer, Refused)
-    assert answer.sentence == "server 0 is already running on gpu-7"
+    control = desk.routing_id()
+    answer = desk.hello("server", 0, control=control, host="gpu-7")
+    assert isinstance(answer, Welcome)
+    assert desk.hello("server", 0, "second", host="here") is None
+    desk.now += 1.0
+    desk.router.control(Beat(session=answer.session, sent=1.0), control, desk.now)
+    refusal = desk.hello("server", 0, "second", host="here")
+    assert isinstance(refusal, Refused)
+    assert refusal.sentence == "server 0 is already running on gpu-7"
+
+
+def test_what_proved_the_first_one_alive_to_one_newcomer_proves_nothing_to_a_later_one() -> None:
+    desk = Desk()
+    first = desk.join("client", 1)
+    assert desk.hello("client", 1, "second") is None  # and does not wait for the answer
+    desk.now += 5.0
+    desk.beat(first)
+    desk.now += 1.0
+    assert desk.hello("client", 1, "third") is None
+    assert desk.probed == [first.control]
 
 
 @pytest.mark.parametrize("beat_seconds", [1.0, 4.9])
@@ -287,13 +310,38 @@ def test_a_newcomer_waits_while_the_first_one_is_silent_and_takes_its_place_when
 ) -> None:
     desk = Desk(link__lease_seconds=10.0, link__beat_seconds=beat_seconds)
     old = desk.join("client", 1)
-    assert desk.after(9.0) == []
-    assert desk.hello("client", 1, "second") is None
-    assert desk.after(1.5) == [Lost("client", 1, "no sign of life for 10 s (link.lease_seconds)")]
+    lost: list[Event] = []
+    while not lost:
+        assert desk.hello("client", 1, "second") is None
+        lost = desk.after(0.5)
+    assert lost == [Lost("client", 1, "no sign of life for 10 s (link.lease_seconds)")]
+    assert 10.0 < desk.now < 10.0 + beat_seconds
     answer = desk.hello("client", 1, "second")
     assert isinstance(answer, Welcome)
     assert answer.session != old.token
     assert desk.router.session(old.token) is None
+
+
+def test_a_newcomer_takes_the_place_of_one_whose_connection_closed_at_once() -> None:
+    desk = Desk()
+    old = desk.join("client", 1)
+    assert desk.hello("client", 1, "second") is None
+    desk.router.unreachable(desk.probed[0])
+    answer = desk.hello("client", 1, "second")
+    assert isinstance(answer, Welcome)
+    assert answer.session != old.token
+    assert desk.log[-1] == Lost("client", 1, "its connection closed, and another process took its place")
+    assert desk.scheduler.peers == {}
+
+
+def test_one_whose_connection_closed_and_who_came_back_is_not_replaced() -> None:
+    desk = Desk()
+    first = desk.join("client", 1)
+    desk.router.unreachable(first.control)
+    first.control = desk.routing_id()
+    assert isinstance(desk.hello("client", 1, "client 1", control=first.control), Welcome)
+    assert desk.hello("client", 1, "second") is None
+    assert desk.probed == [first.control]
 
 
 def test_one_process_that_says_hello_again_has_its_session_again_on_the_new_connection() -> None:
@@ -396,11 +444,16 @@ def test_a_peer_that_leaves_or_fails_is_lost_with_its_own_words() -> None:
     assert isinstance(desk.router.route(one.data, desk.tensors(one, NO_SUCH_LEASE), 0), Route)
 
 
-def test_a_peer_whose_connection_closed_is_lost() -> None:
-    desk = Desk()
+def test_a_peer_whose_connection_closed_has_its_lease_to_come_back() -> None:
+    desk = Desk(link__lease_seconds=10.0)
     member = desk.join("client", 0)
-    assert desk.router.unreachable(b"nobody's") == []
-    assert desk.router.unreachable(member.control) == [Lost("client", 0, "its connection closed")]
+    desk.router.unreachable(b"nobody's")
+    desk.router.unreachable(member.control)
+    assert desk.after(9.0) == []
+    member.control = desk.routing_id()
+    assert isinstance(desk.hello("client", 0, "client 0", control=member.control), Welcome)
+    desk.beat(member)
+    assert desk.after(9.0) == []
 
 
 def test_telemetry_is_no_news_but_is_kept_for_the_monitor() -> None:

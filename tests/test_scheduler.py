@@ -4,6 +4,7 @@ from collections import Counter
 from itertools import pairwise
 from random import Random
 
+import msgspec
 import pytest
 from helpers import (
     NO_SUCH_LEASE,
@@ -21,7 +22,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from zsplit.config import Config
+from zsplit.errors import StorageError
 from zsplit.wire.messages import Evaluate, Init, Lease, Merge, Prepared, Tally, Turn
 from zsplit_broker.events import (
     Announce,
@@ -44,7 +45,7 @@ from zsplit_broker.events import (
 )
 from zsplit_broker.policy import participants, stages_of
 from zsplit_broker.router import refs_of
-from zsplit_broker.scheduler import KEPT_VERSIONS, Peer, Scheduler
+from zsplit_broker.scheduler import KEPT_VERSIONS, Peer, Scheduler, restore
 
 ROUND_ROBIN = {"schedule__policy": "round_robin", "schedule__clients": 3}
 
@@ -58,11 +59,12 @@ def plays(draw: st.DrawFn, policies: tuple[str, ...] = ("round_robin", "parallel
 
 def assert_restored(play: Play) -> None:
     """A scheduler that is told the journal again is the live one at every point, and says the same."""
-    live, restored = Scheduler(play.config), Scheduler(play.config)
+    live, again = Scheduler(play.config), Scheduler(play.config)
     for entry in play.log:
-        assert live.handle(entry) == restored.handle(through_the_journal(entry))
-        assert fingerprint(live) == fingerprint(restored)
-    assert fingerprint(restored) == fingerprint(play.scheduler)
+        assert live.handle(entry) == again.handle(through_the_journal(entry))
+        assert fingerprint(live) == fingerprint(again)
+    restored = restore(play.config, [msgspec.json.encode(entry) for entry in play.log])
+    assert fingerprint(again) == fingerprint(restored) == fingerprint(play.scheduler)
 
 
 class Ledger:
@@ -126,6 +128,11 @@ class Mischief(RuleBasedStateMachine):
         for instruction in said:
             self.ledger.follow(instruction)
 
+    def assert_ignored(self, event: Event) -> None:
+        before = fingerprint(self.play.scheduler)[1:]
+        self.tell(event)
+        assert fingerprint(self.play.scheduler)[1:] == before
+
     def join_all(self) -> None:
         for peer in self.play.peers:
             if peer not in self.play.scheduler.peers:
@@ -151,21 +158,17 @@ class Mischief(RuleBasedStateMachine):
 
     @rule(event=anything(Ready | Done | Stored))
     def report_nonsense(self, event: Ready | Done | Stored) -> None:
-        before = fingerprint(self.play.scheduler)[1:]
-        self.tell(event)
-        assert fingerprint(self.play.scheduler)[1:] == before
+        if isinstance(event, Stored) or event.lease not in self.play.scheduler.work:
+            self.assert_ignored(event)
 
     @rule(epoch=st.integers(1, 3), number=st.integers(0, 40), side=st.sampled_from(["client", "server"]))
     def report_for_some_lease(self, epoch: int, number: int, side: str) -> None:
         lease = Lease(epoch, number)
-        work = self.play.scheduler.work.get(lease)
-        if work is None:
-            before = fingerprint(self.play.scheduler)[1:]
-            self.tell(Done(lease, side, "d", Tally()))
+        if lease in self.play.scheduler.work:
             self.tell(Ready(lease))
-            assert fingerprint(self.play.scheduler)[1:] == before
         else:
-            self.tell(Ready(lease))
+            self.assert_ignored(Ready(lease))
+            self.assert_ignored(Done(lease, side, "d", Tally()))
 
     @rule()
     def restart_the_broker(self) -> None:
@@ -342,6 +345,27 @@ def test_a_journal_restores_the_run_at_every_point(play: Play, random: Random) -
 
 
 @unhurried
+@given(plays(), st.integers(0, 60), st.randoms(use_true_random=False))
+def test_a_run_restored_in_the_middle_goes_on_as_if_nothing_had_happened(
+    play: Play, events: int, random: Random
+) -> None:
+    play.begin().go_on(random.choice, events)
+    lines = [msgspec.json.encode(entry) for entry in play.log]
+    play.go_on()
+    after = Play(play.config, play.shards, still=play.still)
+    after.peers, after.log = play.peers, play.log[: len(lines)]
+    after.scheduler = restore(play.config, lines)
+    after.go_on()
+    assert fingerprint(after.scheduler) == fingerprint(play.scheduler)
+
+
+@pytest.mark.parametrize("line", [b"{}", b"not json", b'{"at":0.0,"event":{"event":"dance"}}'])
+def test_a_journal_with_a_line_that_is_no_event_is_refused_with_its_number(line: bytes) -> None:
+    with pytest.raises(StorageError, match="Line 3 of the journal is no event of this version"):
+        restore(config_of(), [msgspec.json.encode(Entry(0.0, Started(1))), line])
+
+
+@unhurried
 @given(anything(Entry))
 def test_a_journal_line_comes_back_as_it_was(entry: Entry) -> None:
     assert through_the_journal(entry) == entry
@@ -511,6 +535,27 @@ def test_only_the_newest_two_versions_are_kept() -> None:
     assert play.scheduler.stored == versions[-KEPT_VERSIONS:]
 
 
+def test_versions_are_old_and_new_in_the_order_of_training_whichever_the_disk_finishes_first() -> None:
+    play = Play(config_of(**ROUND_ROBIN, run__rounds=1, run__commit_every=1)).begin().go_on(events=2)
+    while work := [event for event in play.due() if not isinstance(event, Stored)]:
+        play.tell(work[0])
+    *older, last = play.scheduler.storing
+    assert len(older) == 2
+    said = [instruction for digest in (last, *older) for instruction in play.tell(Stored(digest))]
+    assert play.scheduler.stored == [older[-1], last]
+    assert Discard(last) not in said
+
+
+def test_a_version_is_kept_by_who_holds_it_until_it_is_stored_though_training_has_gone_on() -> None:
+    play = Play(config_of(**ROUND_ROBIN, run__rounds=1, run__commit_every=1)).begin().go_on(events=2)
+    while work := [event for event in play.due() if not isinstance(event, Stored)]:
+        play.tell(work[0])
+    waiting = list(play.scheduler.storing)
+    assert set(waiting) <= set(play.scheduler.kept(("server", 0)))
+    play.tell(Stored(waiting[0]))
+    assert waiting[0] not in play.scheduler.kept(("server", 0))
+
+
 def test_a_run_that_learns_nothing_never_discards_its_only_version() -> None:
     play = Play(config_of(**ROUND_ROBIN, run__rounds=3, run__commit_every=1), still=True).begin().go_on()
     assert not [said for said in play.said if isinstance(said, Discard)]
@@ -617,8 +662,18 @@ def test_leases_only_ever_grow_also_across_a_restart_and_open_ones_live_on(play:
     assert play.scheduler.outcome == Finish(True, "the run is finished")
 
 
-def test_a_config_decides_nothing_but_what_it_says() -> None:
-    """Two schedulers with one config and one journal are the same, whatever else happened in the process."""
-    config: Config = config_of(schedule__clients=3, schedule__clients_per_round=2, run__rounds=3)
-    plays_ = [Play(config).begin().go_on(), Play(config).begin().go_on()]
-    assert fingerprint(plays_[0].scheduler) == fingerprint(plays_[1].scheduler)
+def test_a_new_life_of_the_broker_numbers_its_leases_anew() -> None:
+    play = Play(config_of(**ROUND_ROBIN)).begin()
+    play.tell(Started(2))
+    play.go_on(events=2)
+    assert [turn.lease for turn in opened(play, Turn)] == [Lease(2, 1)]
+
+
+def test_the_first_report_of_a_side_is_the_one_that_counts() -> None:
+    play = Play(config_of(**ROUND_ROBIN)).begin().go_on(events=3)
+    (turn,) = turns_of(play)
+    for digest in ("first", "second"):
+        play.tell(Done(turn.lease, "client", digest, Tally(samples=3)))
+    play.tell(Done(turn.lease, "server", "back", Tally()))
+    (merge,) = opened(play, Merge)
+    assert [share.front.digest for share in merge.inputs] == ["first"]

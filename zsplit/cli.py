@@ -65,8 +65,7 @@ def run(
             load_config(config, overrides), out, device=device, watch=_watcher(no_monitor or as_json, as_json)
         )
     except Interrupted as stopped:
-        click.echo(f"Stopped. {stopped.result.sentence}.", err=True)
-        sys.exit(1)
+        result = stopped.result
     if as_json:
         click.echo(json.dumps(result.summary, indent=2))
     else:
@@ -87,15 +86,19 @@ def server(address: str, device: str, connect_seconds: float) -> None:
 
 
 @cli.command()
-@click.option("-i", "--index", default=-1, help="Which client this is, from 0.  [default: the next free one]")
+@click.option(
+    "-i", "--index", type=click.IntRange(min=0), help="Which client this is, from 0.  [default: the next free one]"
+)
 @broker_option
 @device_option
 @connect_option
-def client(index: int, address: str, device: str, connect_seconds: float) -> None:
+def client(index: int | None, address: str, device: str, connect_seconds: float) -> None:
     """Keep a share of the data and the front of the model, and train when it is its turn."""
     from zsplit.train.peer import run_client
 
-    click.echo(run_client(address, index, device, say=say, connect_seconds=connect_seconds), err=True)
+    click.echo(
+        run_client(address, -1 if index is None else index, device, say=say, connect_seconds=connect_seconds), err=True
+    )
 
 
 @cli.command()
@@ -178,10 +181,12 @@ def _print_result(result: "Result") -> None:
             f"{summary['rounds']} rounds, {summary['steps']} steps in {summary['seconds']:.1f} s",
             f"{up:.1f} MB up, {down:.1f} MB down",
         ]
-    click.echo("\n".join(figures))
-    click.echo(f"Everything is in {result.folder}" if summary else result.sentence)
+    if summary:
+        figures.append(f"Everything is in {result.folder}")
     if summary.get("model_file"):
-        click.echo(f"The merged model is {summary['model_file']}")
+        figures.append(f"The merged model is {summary['model_file']}")
+    for line in figures:
+        click.echo(line)
 
 
 def _shape(text: str) -> tuple[int, ...]:

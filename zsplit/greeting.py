@@ -48,7 +48,7 @@ def greet(
                 raise (ConfigError if answer.code == ConfigError.exit_code else LinkError)(answer.sentence)
         elif not told:
             told = True
-            say(f"No answer from a broker at {address} yet; trying for {left:.0f} s")
+            say(f"No answer from a broker at {address} yet; trying for {left:.3g} s")
     raise LinkError(
         f"No broker answered at {address} within {seconds:g} s: "
         "start one there (zsplit broker), or give its address with --broker HOST:PORT"

@@ -36,7 +36,7 @@ STOP_SECONDS = 2.0
 
 
 NOTICE_SECONDS = 3.0
-"""How long the broker has to end a run one of whose peers failed; one that never began it does not end."""
+"""How long the broker has to end a run one of whose peers failed. One that never began it does not end."""
 
 
 class Place(NamedTuple):
@@ -56,6 +56,18 @@ class Result(NamedTuple):
     summary: dict[str, Any]
 
 
+class Task(NamedTuple):
+    """What a child process is to be. `objects` are a script's model and data, `cwd` is where relative paths begin."""
+
+    role: str
+    number: int
+    address: str
+    device: str
+    objects: bytes
+    cwd: Path
+    log: Path
+
+
 class Peer:
     """A child process, and the pipe through which it says how it ended."""
 
@@ -72,7 +84,7 @@ class Peer:
         if code in (None, 0):
             return None
         if self._said is None:
-            self._said = 1, f"it died with exit code {code}"
+            self._said = 1, f"it {_death(code)}"
             with contextlib.suppress(EOFError):
                 if self._ending.poll():
                     self._said = self._ending.recv()
@@ -98,19 +110,24 @@ def run_here(
     objects = _pickled(model, data)
     config = share_cores(_named(config, model, data))
     with _broker(config, out) as (process, place):
-        peers = list(_peers(config, place, objects, device))
+        peers: list[Peer] = []
         try:
+            for peer in _peers(config, place, objects, device):
+                peers.append(peer)
             if watch is not None:
                 watch(place, lambda: process.poll() is None and _failure(peers) is None)
-            failed = _wait(process, peers)
+            failed = _wait(process, peers, place.folder)
         except KeyboardInterrupt:
-            _stop(process, peers)
+            _stop(process, peers, place.folder)
             raise Interrupted(_result(process, place)) from None
-        _stop(process, peers)
-        if failed is not None:
-            _tidy(place.folder)
+        finally:
+            _stop(process, peers, place.folder)
+        result = _result(process, place)
+        if failed is None:
+            return result
+        if not result.summary:
             raise failed
-        return _result(process, place)
+        return result._replace(sentence=f"{failed}; {result.sentence}")
 
 
 class Interrupted(KeyboardInterrupt):
@@ -182,58 +199,57 @@ def _broker(config: Config, out: str | None) -> Iterator[tuple["subprocess.Popen
 
 
 def _broker_error(process: "subprocess.Popen[str]") -> ZsplitError:
-    _, errors = process.communicate()
-    sentence = errors.strip().rpartition("\n")[2].removeprefix("zsplit broker: ")
+    sentence = _last_line(process)
     error = ZsplitError(sentence or "The broker did not start.")
-    error.exit_code = process.returncode
+    error.exit_code = process.wait()
     return error
 
 
 def _peers(config: Config, place: Place, objects: bytes, device: str) -> Iterator[Peer]:
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["zsplit.train.peer"])
+    context.set_forkserver_preload(["zsplit.train.nursery"])
     logs = place.folder / "logs"
     logs.mkdir(exist_ok=True)
     for role, index in [("server", 0), *(("client", i) for i in range(config.schedule.clients))]:
         name = f"{role} {index}"
         ours, theirs = context.Pipe(duplex=False)
-        arguments = (role, index, place.address, device, objects, logs / f"{role}-{index}.log", theirs)
-        process = context.Process(target=_live, args=arguments, name=f"zsplit {name}", daemon=True)
+        task = Task(role, index, place.address, device, objects, Path.cwd(), logs / f"{role}-{index}.log")
+        process = context.Process(target=_live, args=(task, theirs), name=f"zsplit {name}", daemon=True)
         process.start()
         theirs.close()
         yield Peer(name, process, ours)
 
 
-def _live(
-    role: str,
-    index: int,
-    address: str,
-    device: str,
-    objects: bytes,
-    log: Path,
-    ending: Connection,
-) -> None:
+def _live(task: Task, ending: Connection) -> None:
     """The life of a child: its words go to its log, and how it ended to the parent."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     Thread(target=_die_with_parent, daemon=True).start()
-    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    os.chdir(task.cwd)
+    try:
+        output = os.open(task.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    except FileNotFoundError:
+        return  # the folder is gone again: the run was stopped before it began
     os.dup2(output, 1)
     os.dup2(output, 2)
-    from zsplit.train.peer import run_client, run_server
-
     try:
-        model, data = pickle.loads(objects)  # noqa: S301  (from our own parent)
-        if role == "server":
-            run_server(address, device, model, data.shape if data else None)
-        else:
-            run_client(address, index, device, model, data)
+        _work(task)
     except ZsplitError as error:
         ending.send((error.exit_code, str(error)))
         sys.exit(error.exit_code)
     except Exception as error:
-        ending.send((1, f"it failed with {type(error).__name__}: {error} (the traceback is in {log})"))
+        ending.send((1, f"it failed with {type(error).__name__}: {error} (the traceback is in {task.log})"))
         raise
     ending.send((0, ""))
+
+
+def _work(task: Task) -> None:
+    from zsplit.train.peer import run_client, run_server
+
+    model, data = pickle.loads(task.objects)  # noqa: S301  (from our own parent)
+    if task.role == "server":
+        run_server(task.address, task.device, model, data.shape if data else None)
+    else:
+        run_client(task.address, task.number, task.device, model, data)
 
 
 def _die_with_parent() -> None:
@@ -248,15 +264,15 @@ def _failure(peers: list[Peer]) -> ZsplitError | None:
     return next((failure for peer in peers if (failure := peer.failure) is not None), None)
 
 
-def _wait(process: "subprocess.Popen[str]", peers: list[Peer]) -> ZsplitError | None:
-    """Wait until the broker has ended (return None), or a peer failed before the run could begin (return why)."""
+def _wait(process: "subprocess.Popen[str]", peers: list[Peer], folder: Path) -> ZsplitError | None:
+    """Wait until the broker has ended (return None), or a peer failed and it does not end (return why)."""
     assert process.stdout is not None
     waiting = [peer.process.sentinel for peer in peers]
     while process.poll() is None:
         wait([process.stdout.fileno(), *waiting])  # the broker's output ends with it
         if (failed := _failure(peers)) is not None:
             with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(NOTICE_SECONDS)
+                process.wait(NOTICE_SECONDS if _has_versions(folder) else 0)
                 return None
             return failed
         waiting = [peer.process.sentinel for peer in peers if peer.process.exitcode is None]
@@ -265,8 +281,10 @@ def _wait(process: "subprocess.Popen[str]", peers: list[Peer]) -> ZsplitError | 
     return None
 
 
-def _stop(process: "subprocess.Popen[str]", peers: list[Peer]) -> None:
+def _stop(process: "subprocess.Popen[str]", peers: list[Peer], folder: Path) -> None:
     """Tell the broker to end the run, give everybody a moment, and kill who is still there."""
+    if not _has_versions(folder):
+        _kill(peers)  # they have nothing to finish, and may be loading for seconds
     until = time.monotonic() + STOP_SECONDS
     if process.poll() is None:
         process.terminate()
@@ -274,9 +292,14 @@ def _stop(process: "subprocess.Popen[str]", peers: list[Peer]) -> None:
         process.wait(STOP_SECONDS)
     for peer in peers:
         peer.process.join(max(0.0, until - time.monotonic()))
-        if peer.process.exitcode is None:
-            peer.process.kill()
-            peer.process.join()
+    _kill(peers)
+
+
+def _kill(peers: list[Peer]) -> None:
+    for peer in peers:
+        peer.process.kill()
+    for peer in peers:
+        peer.process.join()
 
 
 def _tidy(folder: Path) -> None:
@@ -290,7 +313,27 @@ def _tidy(folder: Path) -> None:
 
 
 def _result(process: "subprocess.Popen[str]", place: Place) -> Result:
+    """Return how a run went, from its summary; without one it never began, or its broker died."""
     file = place.folder / "summary.json"
-    summary = json.loads(file.read_text()) if file.exists() else {}
-    sentence = summary.get("sentence", "The run never began, and nothing was kept.")
-    return Result(process.returncode == 0, sentence, place.folder, summary)
+    if file.exists():
+        summary = json.loads(file.read_text())
+        return Result(process.returncode == 0, summary["sentence"], place.folder, summary)
+    _tidy(place.folder)
+    sentence = _last_line(process) or f"the broker {_death(process.returncode)}"
+    if _has_versions(place.folder):
+        sentence += "; what it stored is kept, and the folder can be resumed"
+    return Result(False, sentence, place.folder, {})
+
+
+def _has_versions(folder: Path) -> bool:
+    return any(folder.glob("versions/*.safetensors"))
+
+
+def _last_line(process: "subprocess.Popen[str]") -> str:
+    """Return the last line that a process said before it ended: its sentence."""
+    assert process.stderr is not None
+    return process.stderr.read().strip().rpartition("\n")[2].removeprefix("zsplit broker: ")
+
+
+def _death(code: int) -> str:
+    return f"was killed by {signal.Signals(-code).name}" if code < 0 else f"died with exit code {code}"

@@ -9,10 +9,13 @@ Storing runs beside the other phases and holds up only the next round. Nothing h
 but the config and the events so far: replaying a journal gives the same scheduler, lease for lease.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Literal, NamedTuple
 
+import msgspec
+
 from zsplit.config import Config
+from zsplit.errors import StorageError
 from zsplit.wire.messages import Contribution, Evaluate, Init, Job, Lease, Merge, Plan, Ref, Tally, Turn
 from zsplit_broker.events import (
     Announce,
@@ -408,3 +411,17 @@ class Scheduler:
         for work in self.work.values():
             assert ("server", work.job.server) in self.peers, "work for a server that is not there"
             assert not work.complete, "finished work is still open"
+
+
+def restore(config: Config, lines: Iterable[bytes]) -> Scheduler:
+    """Return the scheduler that a journal's lines lead to: the one that wrote them, had it never died.
+
+    Raises StorageError for a line that is no event.
+    """
+    scheduler = Scheduler(config)
+    for number, line in enumerate(lines, 2):
+        try:
+            scheduler.handle(msgspec.json.decode(line, type=Entry))
+        except msgspec.MsgspecError as error:
+            raise StorageError(f"Line {number} of the journal is no event of this version ({error})") from error
+    return scheduler

@@ -14,10 +14,11 @@ Forward = Callable[["Part", Tensor], Tensor]
 class Part(nn.Module):
     """A front, a middle, a back or a tail: takes the smashed data (or the model's input) and gives the next.
 
-    Its parameters and modules are those of the model that it was made from, under the same names, and not
-    copies: training the parts trains the model. `copy.deepcopy` gives an independent part. `train()` and `eval()`
-    switch between the two forward passes that were traced. The tensor that it takes is never changed in
-    place. A part is not to be pickled: weights travel as a `state_dict`.
+    Its parameters and modules are those of the model that it was made from, under the same names, and not copies:
+    training the parts trains the model, and where both sides run one module (a ReLU, say) they have it in common, with
+    its mode. `copy.deepcopy` gives an independent part. `train()` and `eval()` switch between the two forward passes
+    that were traced. What a part takes is never changed in place. It is not to be pickled: weights travel as a
+    `state_dict`.
     """
 
     def __init__(self, model: nn.Module, names: Collection[str], training: Stretch, evaluation: Stretch) -> None:

@@ -93,8 +93,8 @@ def skeleton(model: nn.Module, training: bool) -> nn.Module:
 def follow(root: nn.Module) -> tuple[fx.Graph, dict[fx.Node, str]]:
     """Return the graph of the forward pass in the root's mode, and the names of its nodes.
 
-    The graph has one input. Other inputs of `forward` keep their defaults. Raises PlanError for a model that torch.fx
-    cannot follow, that needs several inputs, or whose random numbers do not depend on its input.
+    Its first node is the input; other inputs of `forward` keep their defaults. Raises PlanError for a model that
+    torch.fx cannot follow, that needs several inputs, or whose random numbers do not depend on its input.
     """
     model = type(root).__name__
     defaults = _defaults(root)
@@ -112,7 +112,6 @@ def follow(root: nn.Module) -> tuple[fx.Graph, dict[fx.Node, str]]:
             f"{model} draws random numbers whose shape does not depend on its input, which tracing would freeze: "
             "use a module such as nn.Dropout, or torch.rand_like on a tensor that does."
         )
-    _drop_further_inputs(graph, model)
     return graph, tracer.names
 
 
@@ -132,15 +131,3 @@ def _defaults(root: nn.Module) -> dict[str, Any]:
             "wrap it in a module that does."
         )
     return {p.name: p.default for p in others if p.default is not p.empty}
-
-
-def _drop_further_inputs(graph: fx.Graph, model: str) -> None:
-    """Erase the inputs that keep their defaults, and fx's checks that they do."""
-    doomed: list[fx.Node] = [node for node in graph.nodes if node.op == "placeholder"][1:]
-    for node in graph.nodes:
-        if node not in doomed and any(other in doomed for other in node.all_input_nodes):
-            doomed.append(node)
-    if any(node.op == "output" for node in doomed):
-        raise PlanError(f"{model}.forward uses *args or **kwargs, and a model that is cut takes one tensor.")
-    for node in reversed(doomed):
-        graph.erase_node(node)

@@ -1,0 +1,220 @@
+"""The command line as a person meets it: what goes to which stream, exit codes, Ctrl-C, nothing left behind."""
+
+import json
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from time import monotonic
+from typing import Any, NamedTuple
+
+import pytest
+from conftest import LEAVING, QUICK, Command, Ending, Processes, settings
+
+from zsplit.config import keys, load_config
+
+ENDLESS = settings("broker.port=0", *QUICK, "run.rounds=100000")
+
+STOP = 3.0
+"""Seconds within which Ctrl-C has to have stopped everything."""
+
+Here = Callable[..., Ending]
+
+
+# zsplit run
+
+
+class Finished(NamedTuple):
+    """A run that is over: its command and its folder."""
+
+    command: Command
+    folder: Path
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Finished]:
+    """A run of a config file, with keys set on top, its summary asked for as JSON."""
+    folder = tmp_path_factory.mktemp("finished")
+    (folder / "own.toml").write_text('[run]\nname = "own"\nrounds = 7\n[broker]\nport = 0\n')
+    with Processes(folder) as processes:
+        options = [*settings(*QUICK, "train.lr=0.02"), "--json", "--out", "deep/er/out"]
+        yield Finished(processes.run("run", "own.toml", *options), folder / "deep" / "er" / "out")
+
+
+def test_run_prints_the_summary_as_json_and_nothing_else_on_stdout(finished: Finished) -> None:
+    assert finished.command.process.returncode == 0
+    assert json.loads("\n".join(finished.command.out)) == json.loads((finished.folder / "summary.json").read_text())
+
+
+def test_run_shows_meanwhile_on_stderr_how_it_goes(finished: Finished) -> None:
+    said = finished.command.err
+    assert any(" round 2/2  loss " in line for line in said)
+    assert "run own finished  test" in said[-1]
+    assert not any("Traceback" in line for line in said)
+
+
+def test_what_is_set_on_the_command_line_overrides_the_config_file(finished: Finished) -> None:
+    config = load_config(finished.folder / "config.toml")
+    assert (config.run.name, config.run.rounds, config.train.lr) == ("own", 2, 0.02)
+
+
+def test_run_leaves_a_log_of_every_peer_and_none_of_them_said_anything(finished: Finished) -> None:
+    logs = {path.name: path.read_text() for path in (finished.folder / "logs").iterdir()}
+    assert logs == {"client-0.log": "", "client-1.log": "", "server-0.log": ""}
+
+
+def test_run_prints_figures_and_paths_and_numbers_the_folders(here: Here, tmp_path: Path) -> None:
+    (tmp_path / "runs" / "toy-1").mkdir(parents=True)
+    quick = settings("broker.port=0", *QUICK, "run.rounds=1", "run.name=toy", "schedule.policy=round_robin")
+    code, out, err = here("run", *quick)
+    assert (code, err) == (0, "")
+    tail = out.splitlines()[-6:]
+    assert tail[0].startswith("val accuracy ")
+    assert tail[1].startswith("test accuracy ")
+    assert tail[2].startswith("1 rounds, 42 steps in ")
+    assert tail[3].endswith(" MB down")
+    assert tail[4:] == ["Everything is in runs/toy-2", "The merged model is runs/toy-2/model.safetensors"]
+    assert (tmp_path / "runs/toy-2/model.safetensors").is_file()
+
+
+# Ctrl-C
+
+
+def test_ctrl_c_stops_everything_and_says_what_was_kept(processes: Processes) -> None:
+    run = processes.start("run", "--no-monitor", "--out", "out", *ENDLESS)
+    run.line(" round 2/")
+    run.signal(signal.SIGINT)
+    began = monotonic()
+    assert run.wait() == 1
+    assert processes.gone(STOP + began - monotonic())
+    summary = json.loads((processes.folder / "out" / "summary.json").read_text())
+    assert run.err == [f"zsplit: {summary['sentence']}."]
+    assert f"The last version, {summary['stored'][-1][:12]}, is kept" in run.err[0]
+    assert "and the folder can be resumed" in run.err[0]
+    assert run.out[-1] == "Everything is in out"
+
+
+def test_ctrl_c_before_the_run_begins_leaves_nothing_at_all(processes: Processes) -> None:
+    run = processes.start("run", "--no-monitor", "--out", "out", *ENDLESS)
+    logs = processes.folder / "out" / "logs"
+    while not logs.exists():  # the process that loads torch is started next
+        assert processes.alive()
+    run.signal(signal.SIGINT)
+    assert run.wait() == 1
+    assert processes.gone(LEAVING)
+    assert run.said == ["zsplit: stopped by SIGTERM. Nothing was stored yet: start the run again."]
+    assert not (processes.folder / "out").exists()
+
+
+def test_a_run_that_is_killed_takes_its_processes_with_it(processes: Processes) -> None:
+    run = processes.start("run", "--no-monitor", "--out", "out", *ENDLESS)
+    run.line(" round 1/")
+    assert len(processes.alive()) > len(("zsplit", "broker", "server", "client", "client"))
+    run.process.kill()
+    assert processes.gone(STOP)
+    assert run.wait() == -signal.SIGKILL
+    assert "gone" in json.loads((processes.folder / "out" / "summary.json").read_text())["sentence"]
+
+
+def test_ctrl_c_stops_a_broker_that_waits_and_those_who_wait_with_it(processes: Processes) -> None:
+    broker = processes.start("broker", *settings("broker.port=0"), "--out", "out")
+    address = broker.line("The broker listens at ").split()[4].rstrip(";")
+    monitor = processes.start("monitor", "--broker", address)
+    monitor.line("run digits waiting")
+    broker.signal(signal.SIGINT)
+    assert (broker.wait(), monitor.wait()) == (1, 0)
+    sentence = "stopped by SIGINT. Nothing was stored yet: start the run again"
+    assert broker.err == [sentence]
+    assert monitor.out[-1].endswith(sentence)
+    assert list(processes.folder.iterdir()) == []
+
+
+# zsplit cuts, zsplit config
+
+
+def test_cuts_prints_every_place_as_json(here: Here) -> None:
+    code, out, err = here("cuts", "resnet18", "--input", "3x32x32", "--json")
+    places: list[dict[str, Any]] = json.loads(out)
+    assert (code, err, len(places)) == (0, "", 24)
+    fields = "index name shape bytes_per_sample front_params back_params front_flops back_flops"
+    assert {" ".join(place) for place in places} == {fields}
+    assert [place["index"] for place in places] == list(range(24))
+    first = places[0]
+    assert (first["name"], first["shape"], first["bytes_per_sample"]) == ("conv1", [64, 16, 16], 4 * 64 * 16 * 16)
+    assert first["front_params"] == 64 * 3 * 7 * 7
+    for what in ("params", "flops"):
+        assert len({place[f"front_{what}"] + place[f"back_{what}"] for place in places}) == 1
+
+
+def test_cuts_prints_every_place_as_a_table(here: Here) -> None:
+    code, out, err = here("cuts", "splitnn/mlp")
+    assert (code, err) == (0, "")
+    assert "splitnn/mlp, input 1x28x28: 5 places to cut" in out
+    rows = [line.split() for line in out.splitlines()]
+    assert ["index", "name", "shape", "bytes", "per", "sample"] == next(row for row in rows if "index" in row)[:6]
+    assert [row[1] for row in rows if row and row[0].isdigit()] == ["flatten", "fc1", "relu1", "fc2", "relu2"]
+
+
+def test_config_prints_every_key_with_its_default_type_and_meaning(here: Here) -> None:
+    code, out, err = here("config")
+    lines = out.splitlines()
+    assert (code, err, len(lines)) == (0, "", 2 * len(keys()))
+    for key, first, second in zip(keys(), lines[::2], lines[1::2], strict=True):
+        assert first.startswith(f"{key.key} = ")
+        assert first.endswith(f"({key.type})")
+        assert second.strip() == key.doc
+
+
+def test_config_prints_every_key_as_json(here: Here) -> None:
+    code, out, _ = here("config", "--json")
+    assert code == 0
+    assert [each["key"] for each in json.loads(out)] == [key.key for key in keys()]
+
+
+# Help and usage
+
+
+def test_help_names_every_command(processes: Processes) -> None:
+    shown = processes.run("--help")
+    assert shown.process.returncode == 0
+    assert shown.err == []
+    named = {line.split()[0] for line in shown.out[shown.out.index("Commands:") + 1 :]}
+    assert named == {"broker", "client", "config", "cuts", "monitor", "run", "server"}
+
+
+@pytest.mark.parametrize("command", ["broker", "client", "config", "cuts", "monitor", "run", "server"])
+def test_every_command_has_a_help(command: str, here: Here) -> None:
+    code, out, err = here(command, "--help")
+    assert (code, err) == (0, "")
+    assert out.startswith(f"Usage: zsplit {command} ")
+
+
+USAGE = {
+    "frob": "No such command 'frob'.",
+    "run --frob": "No such option '--frob'.",
+    "run a b": "Got unexpected extra argument (b)",
+    "client -i -1": "Invalid value for '-i' / '--index': -1 is not in the range x>=0.",
+    "run none.toml": "There is no config file none.toml: check the path, or leave it out for the demo.",
+    "broker none.toml": "There is no config file none.toml: check the path, or leave it out for the demo.",
+    "run --set train.rl=1": "train.rl is not a key of the config: the nearest is train.lr.",
+    "broker --set train.lr": "`train.lr` sets no key: write section.key=value, such as train.lr=0.05.",
+    "monitor --broker nowhere": "'nowhere' is no address of a broker: give it as HOST:PORT.",
+    "server --broker host:none": "'host:none' is no address of a broker: give it as HOST:PORT.",
+    "cuts resnet18 --input 32": "resnet18 cannot be built for inputs of 32",
+    "cuts resnet18 --input big": "'big' is no shape: give it as channels, height and width, such as 3x32x32.",
+}
+
+
+@pytest.mark.parametrize("arguments", USAGE)
+def test_a_usage_error_is_a_sentence_and_exit_code_two(arguments: str, here: Here, tmp_path: Path) -> None:
+    code, out, err = here(*arguments.split())
+    assert (code, out) == (2, "")
+    assert USAGE[arguments] in err.splitlines()[-1]
+    assert "Traceback" not in err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_debug_shows_the_traceback(processes: Processes) -> None:
+    shown = processes.run("--debug", "monitor", "--broker", "nowhere")
+    assert shown.process.returncode == 1
+    assert shown.err[0] == "Traceback (most recent call last):"
+    assert shown.err[-1].endswith("ConfigError: 'nowhere' is no address of a broker: give it as HOST:PORT")
