@@ -44,14 +44,14 @@ def main() -> None:
         {
             "run.name": "spirals",
             "run.rounds": 20,
-            "data.name": "own",
             "model.cut": "hidden.1",
             "schedule.policy": "round_robin",
             "schedule.clients": 3,
             "broker.port": 0,
         },
     )
-    result = zsplit.run_here(config, model=model, data=zsplit.from_datasets(spirals(1500, 0), spirals(300, 1), classes=3))
+    data = zsplit.from_datasets(spirals(1500, 0), spirals(300, 1), classes=3)
+    result = zsplit.run_here(config, model=model, data=data)
     print(result.sentence, result.summary.get("test_accuracy"), result.folder)
 
 

@@ -11,7 +11,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from threading import Condition, Thread
-from time import monotonic
+from time import monotonic, sleep
 from typing import IO, NamedTuple, Self
 
 import pytest
@@ -23,6 +23,9 @@ PATIENCE = 90.0
 
 LEAVING = 5.0
 """Seconds that processes have at the end of a test to be gone by themselves."""
+
+POLL = 0.02
+"""Seconds between two looks at what nobody tells of."""
 
 MARK = "ZSPLIT_TEST"
 """Environment variable by which a test's processes are known, however they were started."""
@@ -177,6 +180,19 @@ def writer_of(log: Path) -> int:
         except OSError:
             continue
     raise AssertionError(f"no process writes to {log}")
+
+
+def is_mapped(library: str, process: int) -> bool:
+    """Say whether a process has a library of this name in its memory, be it still loading."""
+    return library.encode() in _bytes_of(Path(f"/proc/{process}/maps"))
+
+
+def until(condition: Callable[[], bool], seconds: float = PATIENCE) -> None:
+    """Wait for what nobody tells of."""
+    end = monotonic() + seconds
+    while not condition():
+        assert monotonic() < end, "it did not come"
+        sleep(POLL)
 
 
 def free_port() -> int:

@@ -8,7 +8,7 @@ from time import monotonic
 from typing import Any, NamedTuple
 
 import pytest
-from conftest import LEAVING, QUICK, Command, Ending, Processes, settings
+from conftest import LEAVING, QUICK, Command, Ending, Processes, is_mapped, settings, until
 
 from zsplit.config import keys, load_config
 
@@ -95,9 +95,7 @@ def test_ctrl_c_stops_everything_and_says_what_was_kept(processes: Processes) ->
 
 def test_ctrl_c_before_the_run_begins_leaves_nothing_at_all(processes: Processes) -> None:
     run = processes.start("run", "--no-monitor", "--out", "out", *ENDLESS)
-    logs = processes.folder / "out" / "logs"
-    while not logs.exists():  # the process that loads torch is started next
-        assert processes.alive()
+    until(lambda: any(is_mapped("libtorch", process) for process in processes.alive()))
     run.signal(signal.SIGINT)
     assert run.wait() == 1
     assert processes.gone(LEAVING)
@@ -134,10 +132,10 @@ def test_ctrl_c_stops_a_broker_that_waits_and_those_who_wait_with_it(processes: 
 def test_cuts_prints_every_place_as_json(here: Here) -> None:
     code, out, err = here("cuts", "resnet18", "--input", "3x32x32", "--json")
     places: list[dict[str, Any]] = json.loads(out)
-    assert (code, err, len(places)) == (0, "", 24)
+    assert (code, err, len(places)) == (0, "", 22)
     fields = "index name shape bytes_per_sample front_params back_params front_flops back_flops"
     assert {" ".join(place) for place in places} == {fields}
-    assert [place["index"] for place in places] == list(range(24))
+    assert [place["index"] for place in places] == list(range(22))
     first = places[0]
     assert (first["name"], first["shape"], first["bytes_per_sample"]) == ("conv1", [64, 16, 16], 4 * 64 * 16 * 16)
     assert first["front_params"] == 64 * 3 * 7 * 7
@@ -150,7 +148,7 @@ def test_cuts_prints_every_place_as_a_table(here: Here) -> None:
     assert (code, err) == (0, "")
     assert "splitnn/mlp, input 1x28x28: 5 places to cut" in out
     rows = [line.split() for line in out.splitlines()]
-    assert ["index", "name", "shape", "bytes", "per", "sample"] == next(row for row in rows if "index" in row)[:6]
+    assert any(row[:3] == ["index", "name", "shape"] for row in rows)
     assert [row[1] for row in rows if row and row[0].isdigit()] == ["flatten", "fc1", "relu1", "fc2", "relu2"]
 
 

@@ -2,7 +2,6 @@
 
 import json
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -35,7 +34,7 @@ class Terminals(NamedTuple):
 
 
 @pytest.fixture(scope="module", params=ORDERS.values(), ids=ORDERS)
-def terminals(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Terminals]:
+def terminals(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Terminals:
     """Start everybody in this order, each once the one before has something to say, and wait for the end."""
     folder, port = tmp_path_factory.mktemp("terminals"), free_port()
     (folder / "quick.toml").write_text(CONFIG)
@@ -51,7 +50,7 @@ def terminals(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
                 started.line("yet; trying for")
         for command in commands.values():
             command.wait()
-    yield Terminals(commands, folder / "out", port)
+    return Terminals(commands, folder / "out", port)
 
 
 def packages(command: Command) -> set[str]:

@@ -36,6 +36,7 @@ from zsplit.wire.messages import (
     Fault,
     Hello,
     Job,
+    Pull,
     Refused,
     Telemetry,
     Turn,
@@ -338,25 +339,29 @@ class Broker:
         elif route.to == BROKER:
             self._store(message, frames)
         else:
-            self._forward(route.to, header if route.message is None else encode(route.message), frames)
+            sent = self._forward(route.to, header if route.message is None else encode(route.message), frames)
+            if isinstance(message, Pull) and not sent:
+                self._forward(sender, encode(self.router.lacking(message, self.router.name_of(sender))), [])
             self.relayed += 1
             self.relayed_bytes += sum(sizes) + len(header)
 
-    def _forward(self, to: bytes, header: bytes, frames: list[zmq.Frame]) -> None:
+    def _forward(self, to: bytes, header: bytes, frames: list[zmq.Frame]) -> bool:
+        """Send a data message; return whether its connection took it."""
         try:
             self.data.send(to, zmq.SNDMORE | zmq.NOBLOCK)
         except zmq.ZMQError as error:
             if error.errno not in (zmq.EHOSTUNREACH, zmq.EAGAIN):
                 raise
             self.router.dropped += 1
-            return
+            return False
         if not frames:
             self.data.send(header)
-            return
+            return True
         self.data.send(header, zmq.SNDMORE)
         for frame in frames[:-1]:
             self.data.send(frame, zmq.SNDMORE, copy=False)
         self.data.send(frames[-1], copy=False)
+        return True
 
     # Storing
 
@@ -364,7 +369,8 @@ class Broker:
         holder = self.router.data_of(intake.ref.holder)
         if holder is not None and self.writer.pending_bytes < MAX_PENDING:
             for pull in intake.pulls():
-                self._forward(holder, encode(pull), [])
+                if not self._forward(holder, encode(pull), []):
+                    intake.take(self.router.lacking(pull, "broker"), None)
 
     def _store(self, message: DataMessage, frames: list[zmq.Frame]) -> None:
         intake = self.intakes.get(message.digest) if isinstance(message, Chunk) else None
@@ -384,7 +390,7 @@ class Broker:
             elif outcome.key == EXPORT:
                 self.exported = True
             elif outcome.key:
-                del self.intakes[outcome.key]
+                self.intakes.pop(outcome.key, None)
                 self.news.append(Stored(outcome.key))
         for intake in self.intakes.values():
             self._pull(intake)

@@ -25,6 +25,7 @@ from zsplit.wire.messages import (
     Fault,
     Finish,
     Hello,
+    Init,
     Job,
     Lease,
     Merge,
@@ -60,7 +61,7 @@ class Session:
         self.data: bytes | None = None
         self.seen = now
         self.reachable = True
-        self.challenged: float | None = None
+        self.challenged: tuple[str, float] | None = None
         self.revision = 0
         self.orders: tuple[tuple[Job, ...], tuple[str, ...], Finish | None] = ((), (), None)
         self.beat: Beat | None = None
@@ -115,6 +116,7 @@ class Router:
         self.ports = ports
         self.sessions: dict[str, Session] = {}
         self.traffic: dict[Lease, dict[str, list[int]]] = {}
+        self.unanswered: dict[Lease, int] = {}
         self.dropped = 0
         self.finish: Finish | None = None
         self._new_token = new_token
@@ -144,7 +146,7 @@ class Router:
                 f"client index {hello.index} is out of range: this run has {clients} clients, "
                 f"0 to {clients - 1} (schedule.clients)"
             )
-        if self.finish is not None:
+        if self.finish is not None and all(s.instance != hello.instance for s in self.sessions.values()):
             return f"this run is over: {self.finish.sentence}"
         return ""
 
@@ -157,7 +159,7 @@ class Router:
         there = self._by_peer.get((hello.role, index))
         if there is not None and there.instance != hello.instance:
             if there.reachable:
-                yield from self._challenge(there, control)
+                yield from self._challenge(there, control, hello.instance)
                 return
             yield self._lose(there, "its connection closed, and another process took its place")
             there = None
@@ -167,16 +169,16 @@ class Router:
         there.control, there.seen, there.reachable = control, now, True
         yield Outgoing(control, self._welcome(there.token, index))
 
-    def _challenge(self, there: Session, newcomer: bytes) -> Iterator[Outgoing]:
+    def _challenge(self, there: Session, newcomer: bytes, instance: str) -> Iterator[Outgoing]:
         """Find out whether the process that has the newcomer's index still lives; the newcomer asks again meanwhile.
 
         A beat since the challenge proves it, a probe that cannot be delivered disproves it, silence decides within
         `lease_seconds`.
         """
-        if there.challenged is None:
-            there.challenged = there.seen
+        if there.challenged is None or there.challenged[0] != instance:
+            there.challenged = instance, there.seen
             yield Outgoing(there.control, self.orders(there))
-        elif there.seen > there.challenged:
+        elif there.seen > there.challenged[1]:
             there.challenged = None
             sentence = f"{there.role} {there.index} is already running on {there.host or 'another host'}"
             yield Outgoing(newcomer, Refused(sentence=sentence, code=1))
@@ -238,14 +240,14 @@ class Router:
                 continue
             if held.state in ("ready", "running") and role == "server" and not work.ready:
                 yield Ready(held.lease)
-            elif held.state == "done" and role not in work.done:
+            elif held.state == "done" and role not in work.done and (work.ready or isinstance(work.job, Init | Merge)):
                 yield Done(held.lease, role, held.digest, self._with_traffic(held.lease, held.tally, role))
 
     def _with_traffic(self, lease: Lease, tally: Tally, role: str) -> Tally:
         """Add what the relay counted to the side that accounts for it: the client's, where there is one."""
         job = self.scheduler.work[lease].job
         if role == "server" and isinstance(job, Turn | Evaluate):
-            return tally
+            return replace_tally(tally, {})
         counted = {kind: (up, down) for kind, (up, down) in self.traffic.get(lease, {}).items()}
         return replace_tally(tally, counted)
 
@@ -285,18 +287,23 @@ class Router:
         """A broker that was stopped itself has heard nobody: that is not the peers' fault."""
         if self._ticked is not None and now - self._ticked > 2 * self.config.link.beat_seconds:
             for session in self.sessions.values():
-                session.seen += now - self._ticked
-                session.progressed += now - self._ticked
+                session.seen = min(now, session.seen + now - self._ticked)
+                session.progressed = min(now, session.progressed + now - self._ticked)
         self._ticked = now
 
     def _overdue(self, session: Session, now: float) -> str:
         link = self.config.link
         if now - session.seen > link.lease_seconds:
             return f"no sign of life for {link.lease_seconds:g} s (link.lease_seconds)"
-        busy = session.beat is not None and any(h.state == "running" for h in session.beat.held)
-        if link.progress_seconds and busy and now - session.progressed > link.progress_seconds:
+        late = link.progress_seconds and now - session.progressed > link.progress_seconds
+        if late and self._is_asked(session):
             return f"it beats, but makes no progress for {link.progress_seconds:g} s (link.progress_seconds)"
         return ""
+
+    def _is_asked(self, session: Session) -> bool:
+        """Whether a turn waits for this peer: for a server that has tensors to answer, else for the client."""
+        running = [held.lease for held in session.beat.held if held.state == "running"] if session.beat else []
+        return any((self.unanswered.get(lease, 0) > 0) == (session.role == "server") for lease in running)
 
     def unreachable(self, control: bytes) -> None:
         """A control message could not be delivered: the connection is gone. Its peer may come back in time."""
@@ -334,7 +341,7 @@ class Router:
             case Step():
                 return self._relay(session, message, size)
             case Pull():
-                return self._pull(session, message)
+                return self._pull(sender, session, message)
             case Chunk():
                 return self._chunk(session, message, size)
             case _:
@@ -346,6 +353,9 @@ class Router:
             return Detached(self.run, message.session)
         if session.data is not None:
             self._by_data.pop(session.data, None)
+        before = self._by_data.get(sender)
+        if before is not None:
+            before.data = None
         session.data = sender
         self._by_data[sender] = session
         return Attached(self.run, session.token)
@@ -356,25 +366,31 @@ class Router:
             return None
         job = work.job
         up = session.role == "client"
+        if isinstance(message, Tensors) and message.kind != ("train" if isinstance(job, Turn) else "eval"):
+            return None
         to = self._by_peer.get(("server", job.server) if up else ("client", job.client))
         if to is None or to.data is None or not work.ready or not _takes_part(session, job):
             return None
         if isinstance(message, Tensors):
+            self.unanswered[message.lease] = self.unanswered.get(message.lease, 0) + (1 if up else -1)
             self._count_tensors(job, message, size, up)
         self._count_ends(session, to, size)
         return Route(to.data)
 
-    def _pull(self, session: Session, message: Pull) -> Route | None:
+    def _pull(self, sender: bytes, session: Session, message: Pull) -> Route | None:
         work = self.scheduler.work.get(message.lease)
         if work is None or not _takes_part(session, work.job):
             return None
         if Ref(digest=message.digest, holder=message.source) not in refs_of(work.job):
             return None
         to = self.data_of(message.source)
-        if to is not None and session.data is not None:
+        if to is not None:
             return Route(to, msgspec.structs.replace(message, origin=session.name))
-        lacking = Chunk(self.run, "", message.lease, session.name, message.digest, message.offset, 0, message.what)
-        return Route(session.data, lacking) if session.data is not None else None
+        return Route(sender, self.lacking(message, session.name))
+
+    def lacking(self, pull: Pull, origin: str) -> Chunk:
+        """Return the answer to a pull whose holder cannot be reached: try again later."""
+        return Chunk(self.run, "", pull.lease, origin, pull.digest, pull.offset, 0, pull.what)
 
     def _chunk(self, session: Session, message: Chunk, size: int) -> Route | None:
         ref = Ref(digest=message.digest, holder=session.name)
@@ -390,6 +406,11 @@ class Router:
             self._count(message.lease, message.what, size, up=session.role == "client")
             self._count_ends(session, to, size)
         return Route(to.data)
+
+    def name_of(self, data: bytes) -> str:
+        """Return the name of the peer on a data connection, or nothing."""
+        session = self._by_data.get(data)
+        return session.name if session else ""
 
     def data_of(self, name: str) -> bytes | None:
         """Return the routing id of a peer's data connection, or None where it has none."""
@@ -418,6 +439,7 @@ class Router:
     def forget(self, lease: Lease) -> None:
         """Drop what was counted for a lease that is over."""
         self.traffic.pop(lease, None)
+        self.unanswered.pop(lease, None)
 
 
 def refuse_protocol(theirs: int) -> str:
@@ -442,7 +464,7 @@ def refs_of(job: Job) -> list[Ref]:
 def peer_of(name: str) -> Peer:
     """Return the peer that a name such as `client.3` stands for; one that is nobody's becomes nobody."""
     role, _, index = name.partition(".")
-    return role, int(index) if index.isascii() and index.isdigit() else -1
+    return role, int(index) if len(index) < 10 and index.isascii() and index.isdigit() else -1
 
 
 def replace_tally(tally: Tally, traffic: dict[str, tuple[int, int]]) -> Tally:

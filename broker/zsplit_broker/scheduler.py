@@ -95,6 +95,7 @@ class Scheduler:
         self.contributions: dict[int, Contribution] = {}
         self.storing: dict[str, Ref] = {}
         self.stored: list[str] = []
+        self._ordered: list[str] = []  # stored and storing, as training made them, not as the disk finished them
         self.history: list[RoundRecord] = []
         self.test = NOTHING
         self.now = 0.0
@@ -212,11 +213,10 @@ class Scheduler:
     def _stored(self, digest: str) -> Iterator[Instruction]:
         if self.storing.pop(digest, None) is None:
             return
-        if digest in self.stored:
-            self.stored.remove(digest)
-        self.stored.append(digest)
+        self.stored = [other for other in self._ordered if other == digest or other in self.stored]
         while len(self.stored) > KEPT_VERSIONS:
             yield Discard(self.stored.pop(0))
+        self._ordered = [other for other in self._ordered if other in self.stored or other in self.storing]
         if not self.work and not self.storing:
             yield from self._advance()
 
@@ -370,7 +370,10 @@ class Scheduler:
         self._tallies[what] = add((self._tallies.get(what, NOTHING), tally))
 
     def _store(self) -> Store:
-        self.storing[self._base().digest] = self._base()
+        digest = self._base().digest
+        self._ordered = [*(other for other in self._ordered if other != digest), digest]
+        self.stored = [other for other in self._ordered if other in self.stored]
+        self.storing[digest] = self._base()
         return Store(self._base())
 
     def _open(self, job: Job) -> Open:

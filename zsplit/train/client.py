@@ -178,6 +178,8 @@ class Client:
             sent += 1
         for step in range(answered, sent):
             total.update(self._answer(job.lease, step, 0).message.scalars)
+        if not math.isfinite(total["loss"]):
+            raise RunFailedError(f"The {job.part} loss after round {job.round + 1} is {total['loss']}: lower train.lr")
         samples, top1, top5 = (int(total[name]) for name in ("samples", "top1", "top5"))
         return None, Tally(steps=sent, samples=samples, loss_sum=total["loss"], top1=top1, top5=top5)
 

@@ -7,4 +7,6 @@ import signal
 
 signal.signal(signal.SIGINT, signal.SIG_DFL)
 
+import torch._dynamo  # noqa: E402, F401  (optimizers and tracing import it: a second for each child)
+
 import zsplit.train.peer  # noqa: E402, F401

@@ -138,5 +138,5 @@ def decode_event(body: bytes) -> AnyEvent:
     """Return the event. Raises RemoteProtocolError for anything else."""
     try:
         return _decoder.decode(body)
-    except (msgspec.MsgspecError, RecursionError) as error:
+    except (msgspec.MsgspecError, RecursionError, ValueError) as error:
         raise RemoteProtocolError(f"not an event: {error}") from error

@@ -7,7 +7,7 @@ from typing import TypeVar
 import msgspec
 
 from zsplit.errors import LocalProtocolError, RemoteProtocolError
-from zsplit.wire.messages import Chunk, ControlMessage, DataMessage, TensorMeta, Tensors
+from zsplit.wire.messages import Chunk, ControlMessage, Data, DataMessage, TensorMeta, Tensors
 
 MAX_HEADER = 64 * 1024
 """Bytes of a data header; only those of tensors with very many dimensions come near."""
@@ -44,9 +44,13 @@ _preamble = msgspec.msgpack.Decoder(_Preamble)
 def encode(message: ControlMessage | DataMessage) -> bytes:
     """Return the header's bytes."""
     try:
-        return _encoder.encode(message)
+        header = _encoder.encode(message)
     except (TypeError, ValueError, OverflowError) as error:
         raise LocalProtocolError(f"cannot encode {type(message).__name__}: {error}") from error
+    limit = MAX_HEADER if isinstance(message, Data) else MAX_CONTROL
+    if len(header) > limit:
+        raise LocalProtocolError(f"{type(message).__name__} of {len(header)} bytes is over the limit of {limit}")
+    return header
 
 
 def decode_control(header: bytes) -> ControlMessage:
@@ -67,7 +71,7 @@ def protocol_of(header: bytes) -> int | None:
     """Return the protocol version of a hello that this version may be unable to decode, or None."""
     try:
         return _preamble.decode(header).protocol
-    except (msgspec.MsgspecError, RecursionError):
+    except (msgspec.MsgspecError, RecursionError, ValueError):
         return None
 
 

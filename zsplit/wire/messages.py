@@ -6,7 +6,7 @@ data messages are arrays, since their headers are sent once for each tensor.
 """
 
 from math import log
-from typing import Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import msgspec
 
@@ -14,6 +14,10 @@ PROTOCOL = 1
 
 Role = Literal["client", "server", "monitor"]
 Kind = Literal["train", "eval", "predict"]
+Count = Annotated[int, msgspec.Meta(ge=0, le=2**53)]
+Amount = Annotated[float, msgspec.Meta(ge=0, le=1e300)]
+Finite = Annotated[float, msgspec.Meta(ge=-1e300, le=1e300)]
+Bucket = Annotated[int, msgspec.Meta(ge=-3000, le=3000)]
 What = Literal["smashed", "gradients", "labels", "norms", "weights", "optimizer", "evaluation", "other"]
 
 
@@ -115,15 +119,15 @@ class Tally(Record, frozen=True):
     `traffic` is filled in by the broker: bytes by kind, up and down as seen from the client.
     """
 
-    steps: int = 0
-    samples: int = 0
-    loss_sum: float = 0.0
-    top1: int = 0
-    top5: int = 0
-    seconds: float = 0.0
-    idle: float = 0.0
-    step_seconds: dict[int, int] = {}
-    traffic: dict[str, tuple[int, int]] = {}
+    steps: Count = 0
+    samples: Count = 0
+    loss_sum: Amount = 0.0
+    top1: Count = 0
+    top5: Count = 0
+    seconds: Amount = 0.0
+    idle: Amount = 0.0
+    step_seconds: dict[Bucket, Count] = {}
+    traffic: dict[str, tuple[Count, Count]] = {}
 
 
 def bucket_of(seconds: float) -> int:
@@ -231,9 +235,9 @@ class Telemetry(Control, frozen=True, tag="telemetry"):
     """Peer → broker: what the monitor shows. May be lost; nothing depends on it."""
 
     session: str
-    losses: tuple[float, ...] = ()
-    samples_per_second: float = 0.0
-    idle_share: float = 0.0
+    losses: tuple[Finite, ...] = ()
+    samples_per_second: Amount = 0.0
+    idle_share: Amount = 0.0
     note: str = ""
 
 

@@ -14,7 +14,7 @@ class Wake:
         self.fd = self._reader.fileno()
 
     def set(self) -> None:
-        with contextlib.suppress(BlockingIOError):  # a full pipe wakes as well
+        with contextlib.suppress(OSError):  # a full pipe wakes as well
             self._writer.send(b"!")
 
     def clear(self) -> None:

@@ -1,0 +1,204 @@
+"""What goes wrong has a sentence: each error that a user can meet, met in real processes."""
+
+import os
+import random
+import signal
+import socket
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from time import monotonic
+from typing import Any, NamedTuple
+
+import msgspec
+import pytest
+import zmq
+from conftest import QUICK, Command, Ending, Processes, settings, writer_of
+
+from zsplit.data import open_data
+from zsplit.wire.frames import decode_control
+from zsplit.wire.messages import PROTOCOL, Refused, Welcome
+from zsplit_broker.versions import Versions
+
+Here = Callable[..., Ending]
+
+LEASE = 2.0
+"""`link.lease_seconds` where somebody is to be missed soon."""
+
+IMPATIENT = ("broker.port=0", *QUICK, f"link.lease_seconds={LEASE}", "link.beat_seconds=0.4")
+
+KEPT = "is kept (1 of 3 rounds are done), and the folder can be resumed"
+
+
+# Nobody there, or somebody already
+
+
+def test_a_peer_without_a_broker_says_what_it_tries_and_for_how_long(here: Here) -> None:
+    with socket.socket() as taken:  # bound, but nobody listens
+        taken.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        for command in ("server", "client", "monitor"):
+            code, out, err = here(command, "--broker", address, "--connect-seconds", "0.4")
+            assert (code, out) == (1, "")
+            assert err.splitlines() == [
+                f"No answer from a broker at {address} yet; trying for 0.4 s",
+                f"zsplit: No broker answered at {address} within 0.4 s: "
+                "start one there (zsplit broker), or give its address with --broker HOST:PORT.",
+            ]
+
+
+@pytest.mark.parametrize("command", ["broker", "run"])
+def test_a_port_in_use_is_named_with_the_key_to_change(command: str, here: Here, tmp_path: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        code, out, err = here(command, *settings(f"broker.port={port}"), "--out", "out")
+    assert (code, out) == (2, "")
+    assert (
+        f"Port {port} is in use, by another broker perhaps: choose a free one with --set broker.port=N, "
+        "or any with --set broker.port=0."
+    ) in err
+    assert not (tmp_path / "out").exists()
+
+
+class Waiting(NamedTuple):
+    """A broker that waits for peers, and one that has joined it."""
+
+    address: str
+    broker: Command
+    client: Command
+
+
+@pytest.fixture(scope="module")
+def waiting(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Waiting]:
+    """Client 0 of two is there, nobody else comes; in the end the broker is stopped."""
+    with Processes(tmp_path_factory.mktemp("waiting")) as processes:
+        broker = processes.start("broker", *settings("broker.port=0", *QUICK))
+        address = broker.line("The broker listens at ").split()[4].rstrip(";")
+        client = processes.start("client", "-i", "0", "--broker", address)
+        client.line(f"client 0 joined the run at {address}")
+        yield Waiting(address, broker, client)
+        broker.signal(signal.SIGINT)
+        assert client.wait() == 1
+        assert client.err[-1] == "zsplit: stopped by SIGINT. Nothing was stored yet: start the run again."
+
+
+def test_a_client_index_out_of_range_is_refused(waiting: Waiting, here: Here) -> None:
+    code, out, err = here("client", "-i", "7", "--broker", waiting.address)
+    assert (code, out) == (2, "")
+    assert err == (
+        "zsplit: client index 7 is out of range: this run has 2 clients, 0 to 1 (schedule.clients).\n"
+    )
+
+
+def test_a_second_client_of_an_index_is_refused_and_the_first_goes_on(waiting: Waiting, here: Here) -> None:
+    code, out, err = here("client", "-i", "0", "--broker", waiting.address)
+    assert (code, out) == (1, "")
+    assert err == f"zsplit: client 0 is already running on {socket.gethostname()}.\n"
+    assert waiting.client.process.poll() is None
+    assert not any("client 0" in line for line in waiting.broker.err)
+
+
+def hello(**fields: object) -> bytes:
+    return msgspec.msgpack.encode({"type": "hello", "role": "client", "index": 1, "instance": "of a test"} | fields)
+
+
+def answer(address: str, message: bytes) -> Any:
+    """Send a control message as any program might, and return what the broker answers."""
+    with zmq.Context() as context, context.socket(zmq.DEALER) as control:
+        control.linger = 0
+        control.connect(f"tcp://{address}")
+        control.send(message)
+        assert control.poll(10_000), "the broker did not answer"
+        return decode_control(control.recv())
+
+
+@pytest.mark.parametrize("changed", [{}, {"role": "planner", "index": "first", "colour": "blue"}])
+def test_another_version_of_the_protocol_is_refused(changed: dict[str, object], waiting: Waiting) -> None:
+    assert answer(waiting.address, hello(protocol=99, **changed)) == Refused(
+        sentence=f"this broker speaks protocol {PROTOCOL}, you speak 99: "
+        "install the same version of zsplit on both machines",
+        code=2,
+    )
+
+
+def test_fields_that_a_later_version_may_add_are_ignored(waiting: Waiting) -> None:
+    assert isinstance(answer(waiting.address, hello(protocol=PROTOCOL, role="monitor", colour="blue")), Welcome)
+
+
+def test_a_broker_that_dies_is_missed_by_its_peers(processes: Processes) -> None:
+    broker = processes.start("broker", *settings(*IMPATIENT))
+    address = broker.line("The broker listens at ").split()[4].rstrip(";")
+    peers = [processes.start(*words.split(), "--broker", address) for words in ("server", "client")]
+    for peer in peers:
+        peer.line("joined the run")
+    broker.signal(signal.SIGKILL)
+    assert broker.wait() == -signal.SIGKILL
+    for peer in peers:
+        assert peer.wait() == 1
+        assert peer.err[-1] == f"zsplit: the broker at {address} has been silent for 2 s: is it still running?."
+
+
+# What a peer finds wrong before the run begins
+
+
+def nearly_mnist(folder: Path) -> None:
+    """Put a file where MNIST's training images should be: it has their head and no images."""
+    (folder / "MNIST" / "raw").mkdir(parents=True)
+    (folder / "MNIST" / "raw" / "train-images-idx3-ubyte").write_bytes(bytes.fromhex("00000803 0000ea60 0000001c 0000001c"))
+
+
+WRONG = {
+    "model.name=resnet19": "There is no model 'resnet19': the nearest names are resnet18",
+    "model.cut=poll": "There is no 'poll' in Sequential: the nearest cuts are 'pool' (4), and `zsplit cuts` lists all.",
+    "model.cut=8": "There is no cut 8: the cuts of Sequential go from 'conv1' (0) to 'relu3' (7)",
+    "model.num_classes=7": "model.num_classes = 7 is too small, the data has 10 classes: set model.num_classes = 10.",
+    "data.name=mnist": "mnist needs a folder with MNIST/raw/train-images-idx3-ubyte",
+    "data.name=mnist data.path=none": "data.path = none is no folder: mnist needs one with MNIST/raw/train-images",
+    "data.name=mnist data.path=empty": "empty has no train-images-idx3-ubyte: mnist needs a folder with MNIST/raw/",
+    "data.name=mnist data.path=.": "is damaged (47040000 bytes should follow its head, 0 do): fetch it again.",
+    "data.name=own": 'data.name = "own"',
+    "schedule.clients=1443": "schedule.clients = 1443 leaves client",
+    "server.device=cuda:77": "The device 'cuda:77' cannot be used on this machine: use --device auto or cpu.",
+}
+
+
+@pytest.mark.parametrize("assignments", WRONG)
+def test_what_a_peer_cannot_use_ends_a_run_that_never_began(assignments: str, here: Here, tmp_path: Path) -> None:
+    nearly_mnist(tmp_path)
+    (tmp_path / "empty").mkdir()
+    code, _, err = here("run", *settings("broker.port=0", *QUICK, *assignments.split()), "--out", "out")
+    assert code == 2
+    (sentence,) = err.splitlines()
+    assert sentence.startswith(("zsplit: Client ", "zsplit: Server 0: "))
+    assert WRONG[assignments] in sentence
+    assert not (tmp_path / "out").exists()
+
+
+UNKNOWN = {
+    "data.name=digit": 'data.name must be "digits" or "mnist" or "cifar10" or "imagefolder" or "own", not "digit": '
+    'the nearest is "digits".',
+    "schedule.policy=roundrobin": 'schedule.policy must be "parallel" or "round_robin", not "roundrobin": '
+    'the nearest is "round_robin".',
+}
+
+
+@pytest.mark.parametrize("assignment", UNKNOWN)
+@pytest.mark.parametrize("command", ["broker", "run"])
+def test_a_value_that_is_none_of_the_choices_is_refused(command: str, assignment: str, here: Here) -> None:
+    code, out, err = here(command, *settings(assignment))
+    assert (code, out) == (2, "")
+    assert UNKNOWN[assignment] in err
+
+
+@pytest.mark.parametrize("command", ["broker", "run"])
+def test_a_folder_that_is_not_empty_is_never_overwritten(command: str, here: Here, tmp_path: Path) -> None:
+    mine = tmp_path / "out" / "model.safetensors"
+    mine.parent.mkdir()
+    mine.write_text("precious")
+    code, out, err = here(command, *settings("broker.port=0"), "--out", "out")
+    assert (code, out) == (2, "")
+    assert "out exists already and is not overwritten: choose another --out" in err
+    assert list(mine.parent.iterdir()) == [mine]
+    assert mine.read_text() == "precious"
