@@ -1,7 +1,9 @@
 """What goes wrong has a sentence: each error that a user can meet, met in real processes."""
 
+import json
 import os
-import random
+import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -15,7 +17,6 @@ import pytest
 import zmq
 from conftest import QUICK, Command, Ending, Processes, settings, writer_of
 
-from zsplit.data import open_data
 from zsplit.wire.frames import decode_control
 from zsplit.wire.messages import PROTOCOL, Refused, Welcome
 from zsplit_broker.versions import Versions
@@ -27,7 +28,8 @@ LEASE = 2.0
 
 IMPATIENT = ("broker.port=0", *QUICK, f"link.lease_seconds={LEASE}", "link.beat_seconds=0.4")
 
-KEPT = "is kept (1 of 3 rounds are done), and the folder can be resumed"
+KEPT = r"The last version, (\w{12}), is kept \((\d+) of \d+ rounds are done\), and the folder can be resumed"
+"""What a run that ends early says last, as a pattern."""
 
 
 # Nobody there, or somebody already
@@ -87,9 +89,7 @@ def waiting(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Waiting]:
 def test_a_client_index_out_of_range_is_refused(waiting: Waiting, here: Here) -> None:
     code, out, err = here("client", "-i", "7", "--broker", waiting.address)
     assert (code, out) == (2, "")
-    assert err == (
-        "zsplit: client index 7 is out of range: this run has 2 clients, 0 to 1 (schedule.clients).\n"
-    )
+    assert err == ("zsplit: client index 7 is out of range: this run has 2 clients, 0 to 1 (schedule.clients).\n")
 
 
 def test_a_second_client_of_an_index_is_refused_and_the_first_goes_on(waiting: Waiting, here: Here) -> None:
@@ -146,7 +146,9 @@ def test_a_broker_that_dies_is_missed_by_its_peers(processes: Processes) -> None
 def nearly_mnist(folder: Path) -> None:
     """Put a file where MNIST's training images should be: it has their head and no images."""
     (folder / "MNIST" / "raw").mkdir(parents=True)
-    (folder / "MNIST" / "raw" / "train-images-idx3-ubyte").write_bytes(bytes.fromhex("00000803 0000ea60 0000001c 0000001c"))
+    (folder / "MNIST" / "raw" / "train-images-idx3-ubyte").write_bytes(
+        bytes.fromhex("00000803 0000ea60 0000001c 0000001c")
+    )
 
 
 WRONG = {
@@ -159,7 +161,6 @@ WRONG = {
     "data.name=mnist data.path=empty": "empty has no train-images-idx3-ubyte: mnist needs a folder with MNIST/raw/",
     "data.name=mnist data.path=.": "is damaged (47040000 bytes should follow its head, 0 do): fetch it again.",
     "data.name=own": 'data.name = "own"',
-    "schedule.clients=1443": "schedule.clients = 1443 leaves client",
     "server.device=cuda:77": "The device 'cuda:77' cannot be used on this machine: use --device auto or cpu.",
 }
 
@@ -202,3 +203,111 @@ def test_a_folder_that_is_not_empty_is_never_overwritten(command: str, here: Her
     assert "out exists already and is not overwritten: choose another --out" in err
     assert list(mine.parent.iterdir()) == [mine]
     assert mine.read_text() == "precious"
+
+
+# What goes wrong on the way
+
+
+def kept(sentence: str, folder: Path) -> int:
+    """Check that the version which a sentence names is on the disk and whole; return the number of finished rounds."""
+    found = re.search(KEPT, sentence)
+    assert found is not None, sentence
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["stored"][-1].startswith(found[1])
+    Versions(folder / "versions").verify(summary["stored"][-1])
+    assert not (folder / "model.safetensors").exists()
+    assert summary["rounds"] == int(found[2])
+    return int(found[2])
+
+
+def test_a_loss_that_is_no_number_ends_the_run_and_says_what_to_do(here: Here, tmp_path: Path) -> None:
+    code, out, err = here("run", *settings("broker.port=0", *QUICK, "train.lr=1e30"), "--out", "out")
+    assert code == 1
+    (sentence,) = err.splitlines()
+    assert re.match(
+        r"zsplit: client (0|1) is gone: The loss became (nan|inf) in round 1, step \d+: "
+        r"lower train\.lr, or set train\.clip_norm\. ",
+        sentence,
+    ), sentence
+    assert kept(sentence, tmp_path / "out") == 0
+    assert out.splitlines()[-1] == "Everything is in out"
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A folder with room for the first version and half of the second."""
+    (disk := tmp_path / "disk").mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1500k", "tmpfs", disk]
+    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("needs the right to mount a file system")
+    yield disk
+    subprocess.run(["umount", disk], check=True)
+
+
+def test_a_full_disk_ends_the_run_and_leaves_the_version_before_intact(here: Here, small_disk: Path) -> None:
+    code, _, err = here("run", *settings("broker.port=0", *QUICK), "--out", str(small_disk / "out"))
+    assert code == 1
+    (sentence,) = err.splitlines()
+    assert re.match(
+        r"zsplit: the disk of \S+ is full: free \d+ MB and resume; the previous version is intact", sentence
+    )
+    assert kept(sentence, small_disk / "out") == 0
+
+
+ENDLESS = "run.rounds=100000"
+
+
+def test_a_client_that_is_killed_ends_the_run(processes: Processes) -> None:
+    run = processes.start("run", "--no-monitor", "--out", "out", *settings(*IMPATIENT, ENDLESS))
+    run.line(" round 2/")
+    os.kill(writer_of(processes.folder / "out" / "logs" / "client-1.log"), signal.SIGKILL)
+    run.line("client.1  error: no sign of life for 2 s (link.lease_seconds)")
+    assert run.wait() == 1
+    assert run.err[-1].startswith("zsplit: client 1 is gone: no sign of life for 2 s (link.lease_seconds). ")
+    assert kept(run.err[-1], processes.folder / "out") >= 2
+
+
+def test_a_server_that_is_killed_ends_the_run_before_its_lease_does(processes: Processes) -> None:
+    options = settings("broker.port=0", *QUICK, ENDLESS, "link.lease_seconds=1000")
+    run = processes.start("run", "--no-monitor", "--out", "out", *options)
+    run.line(" round 2/")
+    os.kill(writer_of(processes.folder / "out" / "logs" / "server-0.log"), signal.SIGKILL)
+    assert run.wait() == 1
+    assert run.err[-1].startswith("zsplit: Server 0: it was killed by SIGKILL; ")
+    assert kept(run.err[-1], processes.folder / "out") >= 2
+
+
+def test_a_broker_that_is_killed_ends_the_run(processes: Processes) -> None:
+    run = processes.start("run", "--no-monitor", "--out", "out", *settings("broker.port=0", *QUICK, ENDLESS))
+    run.line(" round 2/")
+    (broker,) = (each for each in processes.alive() if b"zsplit_broker" in Path(f"/proc/{each}/cmdline").read_bytes())
+    os.kill(broker, signal.SIGKILL)
+    assert run.wait() == 1
+    assert run.err == [
+        "zsplit: the broker was killed by SIGKILL; what it stored is kept, and the folder can be resumed."
+    ]
+    assert list((processes.folder / "out" / "versions").iterdir())
+
+
+def test_a_client_that_hangs_is_missed_within_its_lease(processes: Processes) -> None:
+    broker = processes.start("broker", *settings(*IMPATIENT, ENDLESS), "--out", "out")
+    address = broker.line("The broker listens at ").split()[4].rstrip(";")
+    server, client, hung = (
+        processes.start(*words.split(), "--broker", address) for words in ("server", "client -i 0", "client -i 1")
+    )
+    monitor = processes.start("monitor", "--broker", address)
+    monitor.line(" round 1/")
+    hung.process.send_signal(signal.SIGSTOP)
+    stopped = monotonic()
+    monitor.line("client.1  error: no sign of life for 2 s (link.lease_seconds)")
+    assert LEASE / 2 < monotonic() - stopped < 2 * LEASE
+    assert (broker.wait(), server.wait(), client.wait(), monitor.wait()) == (1, 1, 1, 0)
+    sentence = broker.err[-1]
+    assert sentence.startswith("client 1 is gone: no sign of life for 2 s (link.lease_seconds). ")
+    assert kept(sentence, processes.folder / "out") >= 1
+    assert {server.err[-1], client.err[-1]} == {f"zsplit: {sentence}."}
+    assert monitor.out[-1].endswith(sentence)
+    hung.process.send_signal(signal.SIGCONT)
+    assert hung.wait() == 1
+    assert hung.err[-1].startswith("zsplit: ")
+    assert not any("Traceback" in line for each in (broker, server, client, hung) for line in each.said)

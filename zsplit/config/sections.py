@@ -43,7 +43,7 @@ class RunSection(Section, frozen=True):
 
     name: Annotated[FolderName, _is("what the run is called; part of its folder's name")] = "digits"
     seed: Annotated[CountOr0, _is("everything random in the run follows from it")] = 0
-    rounds: Annotated[Count, _is("how often every (sampled) client trains its local epochs")] = 12
+    rounds: Annotated[Count, _is("how often every (sampled) client trains its local epochs")] = 20
     out: Annotated[str, _is("the run's folder; empty: `runs/NAME-N` with the first N that is free")] = ""
     eval_every: Annotated[CountOr0, _is("rounds between evaluations; 0: only at the end")] = 1
     commit_every: Annotated[CountOr0, _is("turns between versions within a round (round-robin); 0: none")] = 0
