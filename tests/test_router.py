@@ -67,7 +67,8 @@ from zsplit.wire.messages import (
 from zsplit_broker.bulletin import Bulletin
 from zsplit_broker.events import Close, Done, Entry, Event, Joined, Lost, Ready, Started, Store, Stored
 from zsplit_broker.record import summarise
-from zsplit_broker.router import BROKER, Outgoing, Route, Router, peer_of
+from zsplit_broker.relay import BROKER, Route, peer_of
+from zsplit_broker.router import Outgoing, Router
 from zsplit_broker.scheduler import Peer, Scheduler
 
 SMASHED = TensorMeta("smashed", "F32", (2, 3), "raw", 24)
@@ -111,7 +112,7 @@ class Desk:
             self.log.append(event)
             for said in self.scheduler.handle(Entry(self.now, event)):
                 if isinstance(said, Close):
-                    self.router.forget(said.job.lease)
+                    self.router.relay.forget(said.job.lease)
                 elif isinstance(said, Store):
                     self.stores.append(said.ref.digest)
             self.scheduler.check()
@@ -135,7 +136,7 @@ class Desk:
         answer = self.hello(role, index, instance or f"{role} {index}", control=control)
         assert isinstance(answer, Welcome), answer
         member = Member(role, answer.index, answer.session, control, self.routing_id())
-        assert self.router.route(member.data, Attach(RUN, member.token), 0) == Route(
+        assert self.router.relay.route(member.data, Attach(RUN, member.token), 0) == Route(
             member.data, Attached(RUN, member.token)
         )
         return member
@@ -179,7 +180,7 @@ class Desk:
         return job
 
     def send(self, sender: Member, message: DataMessage, size: int = 100) -> Route | None:
-        return self.router.route(sender.data, message, size)
+        return self.router.relay.route(sender.data, message, size)
 
     def tensors(self, sender: Member, lease: Lease, *metas: TensorMeta, **more: Any) -> Tensors:
         fields = {"kind": "train", "step": 0, "micro": 0, "leg": 0} | more
@@ -441,7 +442,7 @@ def test_a_peer_that_leaves_or_fails_is_lost_with_its_own_words() -> None:
     assert desk.router.control(fault, one.control, 0.0) == [Lost("client", 0, "the data folder is empty")]
     assert desk.router.control(Bye(session=other.token), other.control, 0.0) == [Lost("client", 1, "it left")]
     assert desk.router.sessions == {}
-    assert isinstance(desk.router.route(one.data, desk.tensors(one, NO_SUCH_LEASE), 0), Route)
+    assert isinstance(desk.router.relay.route(one.data, desk.tensors(one, NO_SUCH_LEASE), 0), Route)
 
 
 def test_a_peer_whose_connection_closed_has_its_lease_to_come_back() -> None:
@@ -535,7 +536,9 @@ def test_a_data_connection_without_a_session_is_told_so() -> None:
 def test_attaching_to_another_run_is_refused() -> None:
     desk = Desk()
     member = desk.enter("client", 0)
-    assert desk.router.route(b"new", Attach("old run", member.token), 0) == Route(b"new", Detached(RUN, member.token))
+    assert desk.router.relay.route(b"new", Attach("old run", member.token), 0) == Route(
+        b"new", Detached(RUN, member.token)
+    )
 
 
 def test_the_newest_data_connection_of_a_session_takes_the_place_of_the_one_before() -> None:
@@ -543,7 +546,7 @@ def test_the_newest_data_connection_of_a_session_takes_the_place_of_the_one_befo
     client, server, lease = stage.clients[0], stage.servers[0], stage.turns[0].lease
     old, client.data = client.data, b"new"
     assert stage.send(client, Attach(RUN, client.token)) == Route(b"new", Attached(RUN, client.token))
-    assert stage.router.route(old, stage.tensors(client, lease), 0) == Route(old, Detached(RUN, ""))
+    assert stage.router.relay.route(old, stage.tensors(client, lease), 0) == Route(old, Detached(RUN, ""))
     assert stage.send(client, stage.tensors(client, lease)) == Route(server.data)
     assert stage.send(server, stage.tensors(server, lease, GRADIENTS)) == Route(b"new")
 
@@ -551,12 +554,14 @@ def test_the_newest_data_connection_of_a_session_takes_the_place_of_the_one_befo
 def test_a_data_connection_belongs_to_one_session_only() -> None:
     stage = Stage()
     one, other = stage.clients
-    stage.router.route(one.data, Attach(RUN, other.token), 0)
+    stage.router.relay.route(one.data, Attach(RUN, other.token), 0)
     server, lease = stage.servers[0], stage.turns[0].lease
     assert stage.send(server, stage.tensors(server, lease, GRADIENTS)) is None
-    assert stage.router.data_of("client.0") is None
+    assert stage.router.relay.data_of("client.0") is None
     stage.take(stage.router.control(Bye(session=one.token), one.control, stage.now))
-    assert stage.router.route(one.data, Attach(RUN, other.token), 0) == Route(one.data, Attached(RUN, other.token))
+    assert stage.router.relay.route(one.data, Attach(RUN, other.token), 0) == Route(
+        one.data, Attached(RUN, other.token)
+    )
 
 
 def test_a_data_connection_of_a_session_that_is_over_is_told_so() -> None:
@@ -710,7 +715,7 @@ def test_a_name_that_is_nobodys_leads_nowhere(name: str) -> None:
     turn, holder = stage.turns[0], stage.servers[0]
     assert stage.send(holder, chunk(holder, turn.lease, name, turn.base)) is None
     assert stage.send(stage.clients[0], pull(stage.clients[0], turn.lease, turn.base, source=name)) is None
-    assert stage.router.data_of(name) is None
+    assert stage.router.relay.data_of(name) is None
 
 
 @unhurried
@@ -760,7 +765,7 @@ def test_what_is_dropped_is_not_counted() -> None:
     stage = Stage(ready=False)
     client, turn = stage.clients[0], stage.turns[0]
     stage.send(client, stage.tensors(client, turn.lease), 100)
-    assert stage.router.traffic == {}
+    assert stage.router.relay.traffic == {}
     assert stage.session(client).up == 0
 
 
@@ -804,7 +809,7 @@ def test_what_was_counted_for_a_lease_is_forgotten_with_it() -> None:
     stage = Stage()
     stage.send(stage.clients[0], stage.tensors(stage.clients[0], stage.turns[0].lease), 100)
     stage.end_turns()
-    assert stage.router.traffic == {}
+    assert stage.router.relay.traffic == {}
 
 
 # Orders

@@ -44,7 +44,7 @@ from zsplit_broker.events import (
     Stored,
 )
 from zsplit_broker.policy import participants, stages_of
-from zsplit_broker.router import refs_of
+from zsplit_broker.relay import refs_of
 from zsplit_broker.scheduler import KEPT_VERSIONS, Peer, Scheduler, restore
 
 ROUND_ROBIN = {"schedule__policy": "round_robin", "schedule__clients": 3}

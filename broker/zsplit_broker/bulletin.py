@@ -17,8 +17,9 @@ from zsplit.wire.events import (
 )
 from zsplit.wire.messages import Evaluate, Held, Merge, Turn
 from zsplit_broker.events import Event, Joined, Lost, Stopped
-from zsplit_broker.router import Router, Session
+from zsplit_broker.router import Router
 from zsplit_broker.scheduler import RoundRecord, Scheduler
+from zsplit_broker.session import Session
 from zsplit_broker.tally import mean
 
 

@@ -63,7 +63,8 @@ from zsplit_broker.events import (
 )
 from zsplit_broker.intake import Intake
 from zsplit_broker.journal import Journal
-from zsplit_broker.router import BROKER, Router, refuse_protocol
+from zsplit_broker.relay import BROKER
+from zsplit_broker.router import Router, refuse_protocol
 from zsplit_broker.scheduler import Peer, Scheduler
 from zsplit_broker.sockets import Sockets
 from zsplit_broker.versions import Versions
@@ -233,7 +234,7 @@ class Broker:
             case Grant(job):
                 return parties(job)
             case Close(job):
-                self.router.forget(job.lease)
+                self.router.relay.forget(job.lease)
                 return parties(job)
             case Store(ref):
                 self.intakes[ref.digest] = Intake(ref, self.run, self.versions, self.writer)
@@ -333,7 +334,7 @@ class Broker:
         except RemoteProtocolError:
             self.router.dropped += 1
             return
-        route = self.router.route(sender, message, sum(sizes) + len(header))
+        route = self.router.relay.route(sender, message, sum(sizes) + len(header))
         if route is None:
             self.router.dropped += 1
         elif route.to == BROKER:
@@ -341,7 +342,7 @@ class Broker:
         else:
             sent = self._forward(route.to, header if route.message is None else encode(route.message), frames)
             if isinstance(message, Pull) and not sent:
-                self._forward(sender, encode(self.router.lacking(message, self.router.name_of(sender))), [])
+                self._forward(sender, encode(self.router.relay.lacking(message, self.router.relay.name_of(sender))), [])
             self.relayed += 1
             self.relayed_bytes += sum(sizes) + len(header)
 
@@ -366,11 +367,11 @@ class Broker:
     # Storing
 
     def _pull(self, intake: Intake) -> None:
-        holder = self.router.data_of(intake.ref.holder)
+        holder = self.router.relay.data_of(intake.ref.holder)
         if holder is not None and self.writer.pending_bytes < MAX_PENDING:
             for pull in intake.pulls():
                 if not self._forward(holder, encode(pull), []):
-                    intake.take(self.router.lacking(pull, "broker"), None)
+                    intake.take(self.router.relay.lacking(pull, "broker"), None)
 
     def _store(self, message: DataMessage, frames: list[zmq.Frame]) -> None:
         intake = self.intakes.get(message.digest) if isinstance(message, Chunk) else None

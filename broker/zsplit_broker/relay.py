@@ -1,0 +1,196 @@
+"""What may pass on the data connection, and where it goes: attaching, relay rules, pulls, and a count of all that."""
+
+from typing import NamedTuple
+
+import msgspec
+
+from zsplit.wire.messages import (
+    Attach,
+    Attached,
+    Chunk,
+    DataMessage,
+    Detached,
+    Evaluate,
+    Job,
+    Lease,
+    Merge,
+    Pull,
+    Ref,
+    Step,
+    Tensors,
+    Turn,
+)
+from zsplit_broker.scheduler import Peer, Scheduler
+from zsplit_broker.session import Session
+
+BROKER = b""
+"""Stands for the broker itself among the destinations of a data message."""
+
+
+class Route(NamedTuple):
+    """Where a data message goes: a routing id or `BROKER`, and the message where its header must change."""
+
+    to: bytes
+    message: DataMessage | None = None
+
+
+class Relay:
+    """The data plane: it knows which connection is whose, and asks the scheduler's open work what may pass."""
+
+    def __init__(
+        self, run: str, scheduler: Scheduler, sessions: dict[str, Session], by_peer: dict[Peer, Session]
+    ) -> None:
+        self.run = run
+        self.scheduler = scheduler
+        self.sessions = sessions
+        self.by_peer = by_peer
+        self.by_data: dict[bytes, Session] = {}
+        self.traffic: dict[Lease, dict[str, list[int]]] = {}
+        self.unanswered: dict[Lease, int] = {}
+
+    def route(self, sender: bytes, message: DataMessage, size: int) -> Route | None:
+        """Return where a data message goes, or None where it may not pass (stale, or not its sender's).
+
+        `size` is the message's bytes; they count towards the lease, by kind, up and down.
+        """
+        if isinstance(message, Attach):
+            return Route(sender, self._attach(sender, message))
+        session = self.by_data.get(sender)
+        if session is None:
+            return Route(sender, Detached(self.run, ""))
+        if message.session != session.token or message.run != self.run:
+            return None
+        match message:
+            case Tensors():
+                return self._relay(session, message, size)
+            case Step():
+                return self._relay(session, message, size)
+            case Pull():
+                return self._pull(sender, session, message)
+            case Chunk():
+                return self._chunk(session, message, size)
+            case _:
+                return None
+
+    def _attach(self, sender: bytes, message: Attach) -> DataMessage:
+        session = self.sessions.get(message.session)
+        if session is None or message.run != self.run:
+            return Detached(self.run, message.session)
+        if session.data is not None:
+            self.by_data.pop(session.data, None)
+        before = self.by_data.get(sender)
+        if before is not None:
+            before.data = None
+        session.data = sender
+        self.by_data[sender] = session
+        return Attached(self.run, session.token)
+
+    def _relay(self, session: Session, message: Tensors | Step, size: int) -> Route | None:
+        work = self.scheduler.work.get(message.lease)
+        if work is None or not isinstance(work.job, Turn | Evaluate):
+            return None
+        job = work.job
+        up = session.role == "client"
+        if isinstance(message, Tensors) and message.kind != ("train" if isinstance(job, Turn) else "eval"):
+            return None
+        to = self.by_peer.get(("server", job.server) if up else ("client", job.client))
+        if to is None or to.data is None or not work.ready or not takes_part(session, job):
+            return None
+        if isinstance(message, Tensors):
+            self.unanswered[message.lease] = self.unanswered.get(message.lease, 0) + (1 if up else -1)
+            self._count_tensors(job, message, size, up)
+        self._count_ends(session, to, size)
+        return Route(to.data)
+
+    def _pull(self, sender: bytes, session: Session, message: Pull) -> Route | None:
+        work = self.scheduler.work.get(message.lease)
+        if work is None or not takes_part(session, work.job):
+            return None
+        if Ref(digest=message.digest, holder=message.source) not in refs_of(work.job):
+            return None
+        to = self.data_of(message.source)
+        if to is not None:
+            return Route(to, msgspec.structs.replace(message, origin=session.name))
+        return Route(sender, self.lacking(message, session.name))
+
+    def lacking(self, pull: Pull, origin: str) -> Chunk:
+        """Return the answer to a pull whose holder cannot be reached: try again later."""
+        return Chunk(self.run, "", pull.lease, origin, pull.digest, pull.offset, 0, pull.what)
+
+    def _chunk(self, session: Session, message: Chunk, size: int) -> Route | None:
+        ref = Ref(digest=message.digest, holder=session.name)
+        if message.origin == "broker":
+            return Route(BROKER) if ref in self.scheduler.storing.values() else None
+        work = self.scheduler.work.get(message.lease)
+        to = self.by_peer.get(peer_of(message.origin))
+        if work is None or to is None or to.data is None:
+            return None
+        if ref not in refs_of(work.job) or not takes_part(to, work.job):
+            return None
+        if session.role != to.role:
+            self._count(message.lease, message.what, size, up=session.role == "client")
+            self._count_ends(session, to, size)
+        return Route(to.data)
+
+    def name_of(self, data: bytes) -> str:
+        """Return the name of the peer on a data connection, or nothing."""
+        session = self.by_data.get(data)
+        return session.name if session else ""
+
+    def data_of(self, name: str) -> bytes | None:
+        """Return the routing id of a peer's data connection, or None where it has none."""
+        session = self.by_peer.get(peer_of(name))
+        return session.data if session else None
+
+    # Counting
+
+    def _count_tensors(self, job: Turn | Evaluate, message: Tensors, size: int, up: bool) -> None:
+        if isinstance(job, Evaluate):
+            self._count(message.lease, "evaluation", size, up)
+            return
+        left = size
+        for meta in message.tensors:
+            self._count(message.lease, meta.what, meta.nbytes, up)
+            left -= meta.nbytes
+        self._count(message.lease, "headers", left, up)
+
+    def _count(self, lease: Lease, kind: str, size: int, up: bool) -> None:
+        self.traffic.setdefault(lease, {}).setdefault(kind, [0, 0])[0 if up else 1] += size
+
+    def _count_ends(self, sender: Session, receiver: Session, size: int) -> None:
+        sender.up += size
+        receiver.down += size
+
+    def detach(self, session: Session) -> None:
+        """A session is over: its data connection is nobody's."""
+        if session.data is not None:
+            self.by_data.pop(session.data, None)
+
+    def forget(self, lease: Lease) -> None:
+        """Drop what was counted for a lease that is over."""
+        self.traffic.pop(lease, None)
+        self.unanswered.pop(lease, None)
+
+
+def refs_of(job: Job) -> list[Ref]:
+    """Return the states that a job may pull."""
+    match job:
+        case Turn(base=base) | Evaluate(base=base):
+            return [base]
+        case Merge(base=base, inputs=inputs):
+            return [base, *(ref for c in inputs for ref in (c.front, c.back))]
+        case _:
+            return []
+
+
+def peer_of(name: str) -> Peer:
+    """Return the peer that a name such as `client.3` stands for; one that is nobody's becomes nobody."""
+    role, _, index = name.partition(".")
+    return role, int(index) if len(index) < 10 and index.isascii() and index.isdigit() else -1
+
+
+def takes_part(session: Session, job: Job) -> bool:
+    """Whether the peer is one of the job's two."""
+    if session.role == "server":
+        return session.index == job.server
+    return isinstance(job, Turn | Evaluate) and session.index == job.client
