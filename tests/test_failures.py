@@ -95,7 +95,7 @@ def test_a_client_index_out_of_range_is_refused(waiting: Waiting, here: Here) ->
 def test_a_second_client_of_an_index_is_refused_and_the_first_goes_on(waiting: Waiting, here: Here) -> None:
     code, out, err = here("client", "-i", "0", "--broker", waiting.address)
     assert (code, out) == (1, "")
-    assert err == f"zsplit: client 0 is already running on {socket.gethostname()}.\n"
+    assert err.splitlines()[-1] == f"zsplit: client 0 is already running on {socket.gethostname()}."
     assert waiting.client.process.poll() is None
     assert not any("client 0" in line for line in waiting.broker.err)
 
@@ -144,11 +144,10 @@ def test_a_broker_that_dies_is_missed_by_its_peers(processes: Processes) -> None
 
 
 def nearly_mnist(folder: Path) -> None:
-    """Put a file where MNIST's training images should be: it has their head and no images."""
-    (folder / "MNIST" / "raw").mkdir(parents=True)
-    (folder / "MNIST" / "raw" / "train-images-idx3-ubyte").write_bytes(
-        bytes.fromhex("00000803 0000ea60 0000001c 0000001c")
-    )
+    """Put files where MNIST's training data should be: the head of its images, and nothing."""
+    (raw := folder / "MNIST" / "raw").mkdir(parents=True)
+    (raw / "train-images-idx3-ubyte").write_bytes(bytes.fromhex("00000803 0000ea60 0000001c 0000001c"))
+    (raw / "train-labels-idx1-ubyte").touch()
 
 
 WRONG = {
@@ -261,7 +260,6 @@ def test_a_client_that_is_killed_ends_the_run(processes: Processes) -> None:
     run = processes.start("run", "--no-monitor", "--out", "out", *settings(*IMPATIENT, ENDLESS))
     run.line(" round 2/")
     os.kill(writer_of(processes.folder / "out" / "logs" / "client-1.log"), signal.SIGKILL)
-    run.line("client.1  error: no sign of life for 2 s (link.lease_seconds)")
     assert run.wait() == 1
     assert run.err[-1].startswith("zsplit: client 1 is gone: no sign of life for 2 s (link.lease_seconds). ")
     assert kept(run.err[-1], processes.folder / "out") >= 2

@@ -38,9 +38,11 @@ def greet(
     until = time.monotonic() + seconds
     told = False
     while (left := until - time.monotonic()) > 0 and not give_up():
-        with contextlib.suppress(zmq.Again):
-            control.send(encode(hello), zmq.NOBLOCK)
-        if control.poll(int(min(left, RETRY_SECONDS) * 1000)):
+        patience = int(min(left, RETRY_SECONDS) * 1000)
+        if control.poll(patience, zmq.POLLOUT):  # connected
+            with contextlib.suppress(zmq.Again):
+                control.send(encode(hello), zmq.NOBLOCK)
+        if control.poll(patience):
             answer = decode_control(control.recv())
             if isinstance(answer, Welcome):
                 return answer

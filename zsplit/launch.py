@@ -178,31 +178,31 @@ def _broker(config: Config, out: str | None) -> Iterator[tuple["subprocess.Popen
         file.write(to_toml(config))
         file.flush()
         command = [sys.executable, "-m", "zsplit_broker", file.name, "--json", "--attached"]
-        process = subprocess.Popen(  # noqa: S603  (our own program)
+        with subprocess.Popen(  # noqa: S603  (our own program)
             command + (["--out", out] if out else []),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
             start_new_session=True,  # Ctrl-C is ours to pass on
-        )
-        assert process.stdout is not None
-        line = process.stdout.readline()
+        ) as process:
+            place = _place(process)
+            try:
+                yield process, place
+            finally:
+                process.kill()
+
+
+def _place(process: "subprocess.Popen[str]") -> Place:
+    """Wait until the broker says where it listens. Raises ZsplitError with its sentence where it ends instead."""
+    assert process.stdout is not None
+    line = process.stdout.readline()
     if not line:
-        raise _broker_error(process)
+        error = ZsplitError(_last_line(process) or "The broker did not start.")
+        error.exit_code = process.wait()
+        raise error
     told = json.loads(line)
-    try:
-        yield process, Place(told["address"], told["events"], Path(told["out"]))
-    finally:
-        process.kill()
-        process.communicate()
-
-
-def _broker_error(process: "subprocess.Popen[str]") -> ZsplitError:
-    sentence = _last_line(process)
-    error = ZsplitError(sentence or "The broker did not start.")
-    error.exit_code = process.wait()
-    return error
+    return Place(told["address"], told["events"], Path(told["out"]))
 
 
 def _peers(config: Config, place: Place, objects: bytes, device: str) -> Iterator[Peer]:
