@@ -18,8 +18,7 @@ from zsplit.errors import RemoteProtocolError, StorageError
 from zsplit.wire import messages
 from zsplit.wire.events import AnyEvent
 from zsplit.wire.frames import (
-    MAX_FRAMES,
-    check_frames,
+    check_sizes,
     decode_control,
     decode_data,
     encode,
@@ -63,14 +62,18 @@ from zsplit_broker.events import (
 )
 from zsplit_broker.intake import Intake
 from zsplit_broker.journal import Journal
+from zsplit_broker.port import Bell, Port
 from zsplit_broker.relay import BROKER
 from zsplit_broker.router import Router, refuse_protocol
 from zsplit_broker.scheduler import Peer, Scheduler
-from zsplit_broker.sockets import Sockets
+from zsplit_broker.sockets import BELL, Sockets
 from zsplit_broker.versions import Versions
 
 DRAIN = 64
 """Messages taken from one socket before the others have their turn."""
+
+IDLE_SECONDS = 0.1
+"""How long the relay goes on without a look at the clock."""
 
 PUBLISH_SECONDS = 0.25
 """How often the state of the run and its peers is published."""
@@ -99,12 +102,16 @@ class Broker:
         self.router = Router(config, self.scheduler, run, (sockets.data_port, sockets.events_port))
         self.bulletin = Bulletin(self.scheduler, self.router, run, str(folder))
         self.versions = Versions(folder / "versions")
-        self.control, self.data, self.events = sockets.control, sockets.data, sockets.events
+        self.control, self.events = sockets.control, sockets.events
         self.wake = Wake()
         self.writer = Writer(self.wake.set)
         self.poller = zmq.Poller()
-        for source in (self.control, self.data, self.events, self.wake.fd):
+        for source in (self.control, self.events, self.wake.fd):
             self.poller.register(source, zmq.POLLIN)
+        self.port = Port(sockets.data)
+        descriptors = self.control.fileno(), self.events.fileno(), self.wake.fd
+        self.bell = Bell(sockets.bell, descriptors, IDLE_SECONDS)
+        self.busy = True
         self.news: list[Event] = []
         self.intakes: dict[str, Intake] = {}
         self.relayed = self.relayed_bytes = 0
@@ -120,7 +127,7 @@ class Broker:
         self.news.append(Started(1))
         while self.scheduler.outcome is None:
             try:
-                self._turn(0.1)
+                self._turn()
             except StorageError as error:  # the journal cannot be written: nothing may follow any more
                 self.scheduler.handle(Entry(self.now(), Stopped(str(error))))
         outcome = self._export() if self.scheduler.outcome.ok else self.scheduler.outcome
@@ -133,7 +140,8 @@ class Broker:
         self.wake.set()
 
     def close(self) -> None:
-        """End the writer's thread and let go of the versions; sockets and journal are their makers'."""
+        """End the bell's and the writer's threads and let go of the versions; sockets and journal are their makers'."""
+        self.bell.close()
         self.writer.close()
         self.versions.close()
         self.wake.close()
@@ -143,7 +151,7 @@ class Broker:
         digest = self.scheduler.stored[-1]
         self.writer.submit(EXPORT, lambda: self.versions.export(digest, self.folder / "model.safetensors"))
         while not self.exported and not self.stopping:
-            self._turn(0.1)
+            self._turn()
         if self.stopping:
             return Finish(False, f"{self.stopping}. {self.scheduler.kept_sentence()}")
         return Finish(True, "the run is finished")
@@ -158,7 +166,7 @@ class Broker:
         self._tell(None)
         until = time.monotonic() + FAREWELL_SECONDS
         while self.router.sessions and time.monotonic() < until:
-            self._turn(0.05)
+            self._turn()
 
     def now(self) -> float:
         """Return seconds since the run began."""
@@ -166,10 +174,11 @@ class Broker:
 
     # One turn of the loop
 
-    def _turn(self, timeout: float) -> None:
-        ready = dict(self.poller.poll(int(timeout * 1000)))
-        if self.data in ready:
-            self._drain(self._relay)
+    def _turn(self) -> None:
+        """Relay until something else is due, then do that."""
+        self.bell.set(at_once=self.busy)
+        self._relay()
+        ready = dict(self.poller.poll(0))
         if self.control in ready:
             self._drain(self._control)
         if self.events in ready:
@@ -179,6 +188,7 @@ class Broker:
             self._written()
         self._clock()
         self._take_news()
+        self.busy = bool(ready)  # there may be more: the bell tells of what is new only
 
     def _drain(self, take: Callable[[], None]) -> None:
         with contextlib.suppress(zmq.Again):
@@ -316,25 +326,27 @@ class Broker:
     # Data
 
     def _relay(self) -> None:
-        """Take one data message and pass it on: ids and headers are copied, tensors only referred to."""
-        data = self.data
-        sender = data.recv(zmq.NOBLOCK)
-        header = data.recv() if data.getsockopt(zmq.RCVMORE) else b""
-        frames: list[zmq.Frame] = []
-        more = data.getsockopt(zmq.RCVMORE)
-        while more:
-            frame = data.recv(copy=False)
-            if len(frames) < MAX_FRAMES:
-                frames.append(frame)
-            more = frame.more
+        """Pass data messages on until the bell rings."""
+        receive, pass_on = self.port.receive, self._pass_on
+        while pass_on(*receive()):
+            pass
+
+    def _pass_on(self, sender: bytes, header: bytes, frames: list[zmq.Frame]) -> bool:
+        """Pass a data message on, of which only the header is read; return whether it was none of the bell's.
+
+        Nothing refers to the frames after it: their memory is free for the next ones as soon as they are sent.
+        """
+        if sender == BELL:
+            return False
         sizes = [len(frame) for frame in frames]
+        size = sum(sizes) + len(header)
         try:
             message = decode_data(header)
-            check_frames(message, sizes)
+            check_sizes(message, sizes)
         except RemoteProtocolError:
             self.router.dropped += 1
-            return
-        route = self.router.relay.route(sender, message, sum(sizes) + len(header))
+            return True
+        route = self.router.relay.route(sender, message, size)
         if route is None:
             self.router.dropped += 1
         elif route.to == BROKER:
@@ -344,25 +356,14 @@ class Broker:
             if isinstance(message, Pull) and not sent:
                 self._forward(sender, encode(self.router.relay.lacking(message, self.router.relay.name_of(sender))), [])
             self.relayed += 1
-            self.relayed_bytes += sum(sizes) + len(header)
+            self.relayed_bytes += size
+        return True
 
     def _forward(self, to: bytes, header: bytes, frames: list[zmq.Frame]) -> bool:
         """Send a data message; return whether its connection took it."""
-        try:
-            self.data.send(to, zmq.SNDMORE | zmq.NOBLOCK)
-        except zmq.ZMQError as error:
-            if error.errno not in (zmq.EHOSTUNREACH, zmq.EAGAIN):
-                raise
-            self.router.dropped += 1
-            return False
-        if not frames:
-            self.data.send(header)
-            return True
-        self.data.send(header, zmq.SNDMORE)
-        for frame in frames[:-1]:
-            self.data.send(frame, zmq.SNDMORE, copy=False)
-        self.data.send(frames[-1], copy=False)
-        return True
+        sent = self.port.send(to, header, frames)
+        self.router.dropped += not sent
+        return sent
 
     # Storing
 

@@ -13,6 +13,7 @@ from zsplit.config import Config
 from zsplit_broker.events import Finish
 from zsplit_broker.journal import Journal
 from zsplit_broker.loop import Broker
+from zsplit_broker.memory import keep_freed
 from zsplit_broker.record import choose_folder, create_folder, remove_folder
 from zsplit_broker.sockets import Sockets, bound
 
@@ -25,6 +26,7 @@ def run_broker(config: Config, out: str | None, ready: Callable[[Sockets, Path],
 
     Raises ConfigError where the folder exists or a port is taken, StorageError where it cannot write.
     """
+    keep_freed()
     folder = choose_folder(config, out)
     run = secrets.token_hex(4)
     with ExitStack() as stack:

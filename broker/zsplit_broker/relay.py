@@ -1,5 +1,6 @@
 """What may pass on the data connection, and where it goes: attaching, relay rules, pulls, and a count of all that."""
 
+from collections import defaultdict
 from typing import NamedTuple
 
 import msgspec
@@ -12,6 +13,7 @@ from zsplit.wire.messages import (
     Detached,
     Evaluate,
     Job,
+    Kind,
     Lease,
     Merge,
     Pull,
@@ -34,6 +36,52 @@ class Route(NamedTuple):
     message: DataMessage | None = None
 
 
+UP, DOWN = 0, 1
+"""Ways as seen from the client, and where they are counted."""
+
+
+class Traffic:
+    """What was relayed under a lease: bytes by kind, up and down, and tensors that the server has not answered."""
+
+    def __init__(self) -> None:
+        self.bytes: defaultdict[str, list[int]] = defaultdict(lambda: [0, 0])
+        self.unanswered = 0
+
+
+class Lane:
+    """What was found out about one peer's tensors under one lease: where they go and where they count.
+
+    Tensors with the same `marks` (run, session, kind) take it until a connection, a session or a lease ends; then
+    the relay forgets all lanes.
+    """
+
+    def __init__(
+        self, marks: tuple[str, str, Kind], sender: Session, receiver: Session, route: Route, traffic: Traffic
+    ) -> None:
+        self.marks = marks
+        self.route = route
+        self._sender = sender
+        self._receiver = receiver
+        self._traffic = traffic
+        self._column, self._asks = (UP, 1) if sender.role == "client" else (DOWN, -1)
+
+    def count(self, message: Tensors | Step, size: int) -> None:
+        """Count a message of `size` bytes."""
+        self._sender.up += size
+        self._receiver.down += size
+        if not isinstance(message, Tensors):
+            return
+        self._traffic.unanswered += self._asks
+        counts, column = self._traffic.bytes, self._column
+        if message.kind == "eval":
+            counts["evaluation"][column] += size
+            return
+        for meta in message.tensors:
+            counts[meta.what][column] += meta.nbytes
+            size -= meta.nbytes
+        counts["headers"][column] += size
+
+
 class Relay:
     """The data plane: it knows which connection is whose, and asks the scheduler's open work what may pass."""
 
@@ -45,14 +93,19 @@ class Relay:
         self.sessions = sessions
         self.by_peer = by_peer
         self.by_data: dict[bytes, Session] = {}
-        self.traffic: dict[Lease, dict[str, list[int]]] = {}
-        self.unanswered: dict[Lease, int] = {}
+        self.traffic: dict[Lease, Traffic] = {}
+        self._lanes: dict[tuple[bytes, Lease], Lane] = {}
 
     def route(self, sender: bytes, message: DataMessage, size: int) -> Route | None:
         """Return where a data message goes, or None where it may not pass (stale, or not its sender's).
 
         `size` is the message's bytes; they count towards the lease, by kind, up and down.
         """
+        if isinstance(message, Tensors):
+            lane = self._lanes.get((sender, message.lease))
+            if lane is not None and lane.marks == (message.run, message.session, message.kind):
+                lane.count(message, size)
+                return lane.route
         if isinstance(message, Attach):
             return Route(sender, self._attach(sender, message))
         session = self.by_data.get(sender)
@@ -61,9 +114,7 @@ class Relay:
         if message.session != session.token or message.run != self.run:
             return None
         match message:
-            case Tensors():
-                return self._relay(session, message, size)
-            case Step():
+            case Tensors() | Step():
                 return self._relay(session, message, size)
             case Pull():
                 return self._pull(sender, session, message)
@@ -83,24 +134,32 @@ class Relay:
             before.data = None
         session.data = sender
         self.by_data[sender] = session
+        self._lanes.clear()
         return Attached(self.run, session.token)
 
     def _relay(self, session: Session, message: Tensors | Step, size: int) -> Route | None:
+        lane = self._open_lane(session, message)
+        if lane is None:
+            return None
+        lane.count(message, size)
+        return lane.route
+
+    def _open_lane(self, session: Session, message: Tensors | Step) -> Lane | None:
+        """Return the lane of what this peer sends under the lease, or None where the message may not pass."""
         work = self.scheduler.work.get(message.lease)
-        if work is None or not isinstance(work.job, Turn | Evaluate):
+        if work is None or not work.ready or not isinstance(work.job, Turn | Evaluate):
             return None
         job = work.job
-        up = session.role == "client"
-        if isinstance(message, Tensors) and message.kind != ("train" if isinstance(job, Turn) else "eval"):
+        kind: Kind = "train" if isinstance(job, Turn) else "eval"
+        to = self.by_peer.get(("server", job.server) if session.role == "client" else ("client", job.client))
+        if to is None or to.data is None or session.data is None or not takes_part(session, job):
             return None
-        to = self.by_peer.get(("server", job.server) if up else ("client", job.client))
-        if to is None or to.data is None or not work.ready or not takes_part(session, job):
+        if isinstance(message, Tensors) and message.kind != kind:
             return None
-        if isinstance(message, Tensors):
-            self.unanswered[message.lease] = self.unanswered.get(message.lease, 0) + (1 if up else -1)
-            self._count_tensors(job, message, size, up)
-        self._count_ends(session, to, size)
-        return Route(to.data)
+        marks = self.run, session.token, kind
+        lane = Lane(marks, session, to, Route(to.data), self._traffic(message.lease))
+        self._lanes[session.data, message.lease] = lane
+        return lane
 
     def _pull(self, sender: bytes, session: Session, message: Pull) -> Route | None:
         work = self.scheduler.work.get(message.lease)
@@ -128,8 +187,9 @@ class Relay:
         if ref not in refs_of(work.job) or not takes_part(to, work.job):
             return None
         if session.role != to.role:
-            self._count(message.lease, message.what, size, up=session.role == "client")
-            self._count_ends(session, to, size)
+            self._traffic(message.lease).bytes[message.what][UP if session.role == "client" else DOWN] += size
+            session.up += size
+            to.down += size
         return Route(to.data)
 
     def name_of(self, data: bytes) -> str:
@@ -142,34 +202,28 @@ class Relay:
         session = self.by_peer.get(peer_of(name))
         return session.data if session else None
 
-    # Counting
+    def asks_server(self, lease: Lease) -> bool:
+        """Whether the server has tensors of this lease that it did not answer yet."""
+        return lease in self.traffic and self.traffic[lease].unanswered > 0
 
-    def _count_tensors(self, job: Turn | Evaluate, message: Tensors, size: int, up: bool) -> None:
-        if isinstance(job, Evaluate):
-            self._count(message.lease, "evaluation", size, up)
-            return
-        left = size
-        for meta in message.tensors:
-            self._count(message.lease, meta.what, meta.nbytes, up)
-            left -= meta.nbytes
-        self._count(message.lease, "headers", left, up)
+    def counted(self, lease: Lease) -> dict[str, tuple[int, int]]:
+        """Return the bytes relayed under a lease by kind, up and down as seen from the client."""
+        traffic = self.traffic.get(lease)
+        return {kind: (up, down) for kind, (up, down) in traffic.bytes.items()} if traffic else {}
 
-    def _count(self, lease: Lease, kind: str, size: int, up: bool) -> None:
-        self.traffic.setdefault(lease, {}).setdefault(kind, [0, 0])[0 if up else 1] += size
-
-    def _count_ends(self, sender: Session, receiver: Session, size: int) -> None:
-        sender.up += size
-        receiver.down += size
+    def _traffic(self, lease: Lease) -> Traffic:
+        return self.traffic.setdefault(lease, Traffic())
 
     def detach(self, session: Session) -> None:
         """A session is over: its data connection is nobody's."""
         if session.data is not None:
             self.by_data.pop(session.data, None)
+        self._lanes.clear()
 
     def forget(self, lease: Lease) -> None:
-        """Drop what was counted for a lease that is over."""
+        """Drop what was found out and counted for a lease that is over."""
         self.traffic.pop(lease, None)
-        self.unanswered.pop(lease, None)
+        self._lanes.clear()
 
 
 def refs_of(job: Job) -> list[Ref]:

@@ -191,8 +191,7 @@ class Router:
         job = self.scheduler.work[lease].job
         if role == "server" and isinstance(job, Turn | Evaluate):
             return replace_tally(tally, {})
-        counted = {kind: (up, down) for kind, (up, down) in self.relay.traffic.get(lease, {}).items()}
-        return replace_tally(tally, counted)
+        return replace_tally(tally, self.relay.counted(lease))
 
     def orders(self, session: Session, echo: float = 0.0, now: float = 0.0) -> Orders:
         """Return all that this peer should hold, under a new revision."""
@@ -246,7 +245,7 @@ class Router:
     def _is_asked(self, session: Session) -> bool:
         """Whether a turn waits for this peer: for a server that has tensors to answer, else for the client."""
         running = [held.lease for held in session.beat.held if held.state == "running"] if session.beat else []
-        return any((self.relay.unanswered.get(lease, 0) > 0) == (session.role == "server") for lease in running)
+        return any(self.relay.asks_server(lease) == (session.role == "server") for lease in running)
 
     def unreachable(self, control: bytes) -> None:
         """A control message could not be delivered: the connection is gone. Its peer may come back in time."""

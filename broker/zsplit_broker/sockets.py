@@ -12,13 +12,17 @@ from zsplit.wire.frames import CHUNK, MAX_CONTROL
 
 Socket = zmq.Socket[bytes]
 
+BELL = b"bell"
+"""Who messages of the bell come from, on the data socket. No peer can take the name: it is taken first."""
+
 
 class Sockets(NamedTuple):
-    """Bound sockets and their ports."""
+    """Bound sockets and their ports, and the bell, which is connected to the data socket."""
 
     control: Socket
     data: Socket
     events: Socket
+    bell: Socket
     port: int
     data_port: int
     events_port: int
@@ -43,6 +47,7 @@ def bound(config: Config) -> Iterator[Sockets]:
             control,
             data,
             events,
+            _bell(context, data),
             _bind(control, host, port, "broker.port"),
             _bind(data, host, data_port, "broker.data_port"),
             _bind(events, host, events_port, "broker.events_port"),
@@ -55,6 +60,15 @@ def _router(context: zmq.Context[Socket], host: str, max_frame: int) -> Socket:
     made = _socket(context, zmq.ROUTER, host)
     made.setsockopt(zmq.ROUTER_MANDATORY, 1)
     made.setsockopt(zmq.MAXMSGSIZE, max_frame)
+    return made
+
+
+def _bell(context: zmq.Context[Socket], data: Socket) -> Socket:
+    """Connect a bell to the data socket, which has no other peers yet."""
+    made = context.socket(zmq.DEALER)
+    made.setsockopt(zmq.ROUTING_ID, BELL)
+    data.bind("inproc://bell")
+    made.connect("inproc://bell")
     return made
 
 

@@ -76,25 +76,34 @@ def protocol_of(header: bytes) -> int | None:
 
 
 def check_frames(message: DataMessage, sizes: Sequence[int]) -> None:
-    """Check that the frames behind a header have the number and the sizes that it declares.
+    """Check that the frames behind a header are what it declares: their number, sizes, dtypes and shapes.
 
     Raises RemoteProtocolError. Shapes and byte counts of uncompressed tensors must multiply out.
     """
-    declared: tuple[int, ...] = ()
     if isinstance(message, Tensors):
         for meta in message.tensors:
             _check_meta(meta)
-        declared = tuple(meta.nbytes for meta in message.tensors)
-    elif isinstance(message, Chunk):
-        declared = (message.nbytes,) if message.nbytes else ()
-    if tuple(sizes) != declared:
+    check_sizes(message, sizes)
+
+
+def check_sizes(message: DataMessage, sizes: Sequence[int]) -> None:
+    """Check that the frames behind a header have the number and the sizes that it declares.
+
+    Raises RemoteProtocolError. To whoever only passes the frames on nothing else matters.
+    """
+    declared: list[int] = []
+    if isinstance(message, Tensors):
+        declared = [meta.nbytes for meta in message.tensors]
+    elif isinstance(message, Chunk) and message.nbytes:
+        declared = [message.nbytes]
+    if list(sizes) != declared:
         name = type(message).__name__
-        raise RemoteProtocolError(f"{name} declares frames of {list(declared)} bytes, {list(sizes)} came")
+        raise RemoteProtocolError(f"{name} declares frames of {declared} bytes, {list(sizes)} came")
 
 
 def elements(shape: Sequence[int]) -> int:
     """Return the number of elements of a shape. Raises RemoteProtocolError for a negative dimension."""
-    if any(n < 0 for n in shape):
+    if min(shape, default=0) < 0:
         raise RemoteProtocolError(f"a tensor cannot have the shape {list(shape)}")
     return prod(shape)
 
