@@ -14,19 +14,23 @@ from typing import Any, NamedTuple
 
 import msgspec
 import pytest
+import torch
 import zmq
 from conftest import QUICK, Command, Ending, Processes, settings, writer_of
+from torch import Tensor, nn
+from torch.utils.data import Dataset
 
+from zsplit import from_datasets, load_config, run_here
 from zsplit.wire.frames import decode_control
 from zsplit.wire.messages import PROTOCOL, Refused, Welcome
 from zsplit_broker.versions import Versions
 
 Here = Callable[..., Ending]
 
-LEASE = 2.0
+LEASE = 3.0
 """`link.lease_seconds` where somebody is to be missed soon."""
 
-IMPATIENT = ("broker.port=0", *QUICK, f"link.lease_seconds={LEASE}", "link.beat_seconds=0.4")
+IMPATIENT = ("broker.port=0", *QUICK, f"link.lease_seconds={LEASE}", "link.beat_seconds=0.5")
 
 KEPT = r"The last version, (\w{12}), is kept \((\d+) of \d+ rounds are done\), and the folder can be resumed"
 """What a run that ends early says last, as a pattern."""
@@ -50,18 +54,19 @@ def test_a_peer_without_a_broker_says_what_it_tries_and_for_how_long(here: Here)
 
 
 @pytest.mark.parametrize("command", ["broker", "run"])
-def test_a_port_in_use_is_named_with_the_key_to_change(command: str, here: Here, tmp_path: Path) -> None:
+def test_a_port_in_use_is_named_with_the_key_to_change(command: str, processes: Processes) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        code, out, err = here(command, *settings(f"broker.port={port}"), "--out", "out")
-    assert (code, out) == (2, "")
+        refused = processes.run(command, *settings(f"broker.port={port}"), "--out", "out")
+    assert refused.process.returncode == 2
+    (sentence,) = refused.said
     assert (
         f"Port {port} is in use, by another broker perhaps: choose a free one with --set broker.port=N, "
         "or any with --set broker.port=0."
-    ) in err
-    assert not (tmp_path / "out").exists()
+    ) in sentence
+    assert list(processes.folder.iterdir()) == []
 
 
 class Waiting(NamedTuple):
@@ -137,7 +142,7 @@ def test_a_broker_that_dies_is_missed_by_its_peers(processes: Processes) -> None
     assert broker.wait() == -signal.SIGKILL
     for peer in peers:
         assert peer.wait() == 1
-        assert peer.err[-1] == f"zsplit: the broker at {address} has been silent for 2 s: is it still running?."
+        assert peer.err[-1] == f"zsplit: the broker at {address} has been silent for {LEASE:g} s: is it still running?."
 
 
 # What a peer finds wrong before the run begins
@@ -256,22 +261,14 @@ def test_a_full_disk_ends_the_run_and_leaves_the_version_before_intact(here: Her
 ENDLESS = "run.rounds=100000"
 
 
-def test_a_client_that_is_killed_ends_the_run(processes: Processes) -> None:
-    run = processes.start("run", "--no-monitor", "--out", "out", *settings(*IMPATIENT, ENDLESS))
-    run.line(" round 2/")
-    os.kill(writer_of(processes.folder / "out" / "logs" / "client-1.log"), signal.SIGKILL)
-    assert run.wait() == 1
-    assert run.err[-1].startswith("zsplit: client 1 is gone: no sign of life for 2 s (link.lease_seconds). ")
-    assert kept(run.err[-1], processes.folder / "out") >= 2
-
-
-def test_a_server_that_is_killed_ends_the_run_before_its_lease_does(processes: Processes) -> None:
+@pytest.mark.parametrize("peer", ["client 1", "server 0"])
+def test_a_peer_that_is_killed_ends_the_run_before_its_lease_does(peer: str, processes: Processes) -> None:
     options = settings("broker.port=0", *QUICK, ENDLESS, "link.lease_seconds=1000")
     run = processes.start("run", "--no-monitor", "--out", "out", *options)
     run.line(" round 2/")
-    os.kill(writer_of(processes.folder / "out" / "logs" / "server-0.log"), signal.SIGKILL)
+    os.kill(writer_of(processes.folder / "out" / "logs" / f"{peer.replace(' ', '-')}.log"), signal.SIGKILL)
     assert run.wait() == 1
-    assert run.err[-1].startswith("zsplit: Server 0: it was killed by SIGKILL; ")
+    assert run.err[-1].startswith(f"zsplit: {peer.capitalize()}: it was killed by SIGKILL; ")
     assert kept(run.err[-1], processes.folder / "out") >= 2
 
 
@@ -297,11 +294,12 @@ def test_a_client_that_hangs_is_missed_within_its_lease(processes: Processes) ->
     monitor.line(" round 1/")
     hung.process.send_signal(signal.SIGSTOP)
     stopped = monotonic()
-    monitor.line("client.1  error: no sign of life for 2 s (link.lease_seconds)")
+    missed = f"no sign of life for {LEASE:g} s (link.lease_seconds)"
+    monitor.line(f"client.1  error: {missed}")
     assert LEASE / 2 < monotonic() - stopped < 2 * LEASE
     assert (broker.wait(), server.wait(), client.wait(), monitor.wait()) == (1, 1, 1, 0)
     sentence = broker.err[-1]
-    assert sentence.startswith("client 1 is gone: no sign of life for 2 s (link.lease_seconds). ")
+    assert sentence.startswith(f"client 1 is gone: {missed}. ")
     assert kept(sentence, processes.folder / "out") >= 1
     assert {server.err[-1], client.err[-1]} == {f"zsplit: {sentence}."}
     assert monitor.out[-1].endswith(sentence)
@@ -309,3 +307,28 @@ def test_a_client_that_hangs_is_missed_within_its_lease(processes: Processes) ->
     assert hung.wait() == 1
     assert hung.err[-1].startswith("zsplit: ")
     assert not any("Traceback" in line for each in (broker, server, client, hung) for line in each.said)
+
+
+class Scratched(Dataset[tuple[Tensor, int]]):
+    """Samples of which one cannot be read."""
+
+    def __len__(self) -> int:
+        return 20
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        if index == 13:
+            raise OSError("the disk is scratched")
+        return torch.ones(2), 0
+
+
+def test_what_a_script_s_own_code_raises_is_named_and_its_traceback_is_in_the_log(tmp_path: Path) -> None:
+    keys = {"broker.port": 0, "schedule.clients": 1, "model.cut": 0, "data.val_fraction": 0.0}
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    data = from_datasets(Scratched(), Scratched(), classes=2)
+    result = run_here(load_config(None, keys), str(tmp_path / "out"), model, data)
+    assert not result.ok
+    assert result.sentence.startswith("client 0 is gone: it failed with OSError: the disk is scratched. ")
+    assert kept(result.sentence, tmp_path / "out") == 0
+    log = (tmp_path / "out" / "logs" / "client-0.log").read_text()
+    assert log.startswith("Process zsplit client 0:\nTraceback (most recent call last):")
+    assert log.endswith("OSError: the disk is scratched\n")

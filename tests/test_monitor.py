@@ -670,7 +670,7 @@ def test_a_broker_that_does_not_answer_is_said_in_a_sentence() -> None:
         address = f"127.0.0.1:{deaf.bind_to_random_port('tcp://127.0.0.1')}"
         with pytest.raises(LinkError) as caught:
             events_of(address, 0.1, said.append)
-    assert said == [f"No answer from a broker at {address} yet; trying for 0 s"]
+    assert said == [f"No answer from a broker at {address} yet; trying for 0.1 s"]
     assert str(caught.value) == (
         f"No broker answered at {address} within 0.1 s: "
         "start one there (zsplit broker), or give its address with --broker HOST:PORT"

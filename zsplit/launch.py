@@ -10,21 +10,20 @@ import json
 import multiprocessing
 import os
 import pickle
-import signal
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from multiprocessing.connection import Connection, wait
+from multiprocessing.connection import wait
 from pathlib import Path
-from threading import Thread
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
 
+from zsplit.child import Peer, Task, death, live
 from zsplit.config import Config, to_toml
-from zsplit.errors import ConfigError, RunFailedError, ZsplitError
+from zsplit.errors import ConfigError, ZsplitError
 
 if TYPE_CHECKING:
     from torch import nn
@@ -56,43 +55,6 @@ class Result(NamedTuple):
     summary: dict[str, Any]
 
 
-class Task(NamedTuple):
-    """What a child process is to be. `objects` are a script's model and data, `cwd` is where relative paths begin."""
-
-    role: str
-    number: int
-    address: str
-    device: str
-    objects: bytes
-    cwd: Path
-    log: Path
-
-
-class Peer:
-    """A child process, and the pipe through which it says how it ended."""
-
-    def __init__(self, name: str, process: Any, ending: Connection) -> None:
-        self.name = name
-        self.process = process
-        self._ending = ending
-        self._said: tuple[int, str] | None = None
-
-    @property
-    def failure(self) -> ZsplitError | None:
-        """Why it ended, where it ended in failure."""
-        code = self.process.exitcode
-        if code in (None, 0):
-            return None
-        if self._said is None:
-            self._said = 1, f"it {_death(code)}"
-            with contextlib.suppress(EOFError):
-                if self._ending.poll():
-                    self._said = self._ending.recv()
-        error = RunFailedError(f"{self.name.capitalize()}: {self._said[1]}")
-        error.exit_code = self._said[0]
-        return error
-
-
 def run_here(
     config: Config,
     out: str | None = None,
@@ -104,7 +66,7 @@ def run_here(
     """Run to the end on this machine; return how it went.
 
     `watch` is called once the processes have been started, with a function that says whether the run is still
-    on, and shows it until then. Ctrl-C (KeyboardInterrupt) stops everything and is raised again.
+    on, and shows it until then. Ctrl-C stops everything and is raised again as `Interrupted`.
     Raises ZsplitError where a process cannot start.
     """
     objects = _pickled(model, data)
@@ -214,49 +176,10 @@ def _peers(config: Config, place: Place, objects: bytes, device: str) -> Iterato
         name = f"{role} {index}"
         ours, theirs = context.Pipe(duplex=False)
         task = Task(role, index, place.address, device, objects, Path.cwd(), logs / f"{role}-{index}.log")
-        process = context.Process(target=_live, args=(task, theirs), name=f"zsplit {name}", daemon=True)
+        process = context.Process(target=live, args=(task, theirs), name=f"zsplit {name}", daemon=True)
         process.start()
         theirs.close()
         yield Peer(name, process, ours)
-
-
-def _live(task: Task, ending: Connection) -> None:
-    """The life of a child: its words go to its log, and how it ended to the parent."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    Thread(target=_die_with_parent, daemon=True).start()
-    os.chdir(task.cwd)
-    try:
-        output = os.open(task.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-    except FileNotFoundError:
-        return  # the folder is gone again: the run was stopped before it began
-    os.dup2(output, 1)
-    os.dup2(output, 2)
-    try:
-        _work(task)
-    except ZsplitError as error:
-        ending.send((error.exit_code, str(error)))
-        sys.exit(error.exit_code)
-    except Exception as error:
-        ending.send((1, f"it failed with {type(error).__name__}: {error} (the traceback is in {task.log})"))
-        raise
-    ending.send((0, ""))
-
-
-def _work(task: Task) -> None:
-    from zsplit.train.peer import run_client, run_server
-
-    model, data = pickle.loads(task.objects)  # noqa: S301  (from our own parent)
-    if task.role == "server":
-        run_server(task.address, task.device, model, data.shape if data else None)
-    else:
-        run_client(task.address, task.number, task.device, model, data)
-
-
-def _die_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        wait([parent.sentinel])
-        os._exit(1)
 
 
 def _failure(peers: list[Peer]) -> ZsplitError | None:
@@ -319,7 +242,7 @@ def _result(process: "subprocess.Popen[str]", place: Place) -> Result:
         summary = json.loads(file.read_text())
         return Result(process.returncode == 0, summary["sentence"], place.folder, summary)
     _tidy(place.folder)
-    sentence = _last_line(process) or f"the broker {_death(process.returncode)}"
+    sentence = _last_line(process) or f"the broker {death(process.returncode)}"
     if _has_versions(place.folder):
         sentence += "; what it stored is kept, and the folder can be resumed"
     return Result(False, sentence, place.folder, {})
@@ -333,7 +256,3 @@ def _last_line(process: "subprocess.Popen[str]") -> str:
     """Return the last line that a process said before it ended: its sentence."""
     assert process.stderr is not None
     return process.stderr.read().strip().rpartition("\n")[2].removeprefix("zsplit broker: ")
-
-
-def _death(code: int) -> str:
-    return f"was killed by {signal.Signals(-code).name}" if code < 0 else f"died with exit code {code}"

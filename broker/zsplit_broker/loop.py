@@ -1,8 +1,8 @@
-"""The broker's shell: sockets, poller, clock. Every decision is made in the cores that it feeds.
+"""The broker's shell: sockets, waiting, clock. Every decision is made in the cores that it feeds.
 
-One turn of the loop: wait, take what came in, relay tensors at once, collect what is news, write the news
-to the journal (one fsync for all of it), let the scheduler follow from it, and tell the peers whose
-orders changed.
+One turn of the loop: relay tensors until the bell rings, take in what else came, collect what is news, write the
+news to the journal (one fsync for all of it), let the scheduler follow from it, and tell the peers whose orders
+changed.
 """
 
 import contextlib

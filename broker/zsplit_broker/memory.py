@@ -14,7 +14,7 @@ def keep_freed() -> None:
     """Have freed memory kept for the next messages; call it before the first thread starts.
 
     By default glibc gives large blocks back to the system as they are freed, and the next message faults its
-    pages in again: a tenth of the relay's CPU time at 1 MiB, a quarter at 16 MiB. What is kept is at most
+    pages in again: a tenth of the relay's CPU time at 1 MiB, a sixth at 16 MiB. What is kept is at most
     what was in flight at once. Under other C libraries this does nothing.
     """
     with contextlib.suppress(AttributeError):

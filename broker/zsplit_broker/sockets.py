@@ -43,11 +43,12 @@ def bound(config: Config) -> Iterator[Sockets]:
         data = _router(context, host, max(2 * CHUNK, config.broker.max_message_mb * 2**20))
         _keep_alive(data)
         events = _publisher(context, host)
+        bell = _bell(context, data)
         yield Sockets(
             control,
             data,
             events,
-            _bell(context, data),
+            bell,
             _bind(control, host, port, "broker.port"),
             _bind(data, host, data_port, "broker.data_port"),
             _bind(events, host, events_port, "broker.events_port"),

@@ -1,0 +1,95 @@
+"""A peer as a child process of `zsplit run`: its life, and what the parent knows of it."""
+
+import contextlib
+import multiprocessing
+import os
+import pickle
+import signal
+import sys
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from threading import Thread
+from typing import Any, NamedTuple
+
+from zsplit.errors import RunFailedError, ZsplitError
+
+
+class Task(NamedTuple):
+    """What a child process is to be. `objects` are a script's model and data, `cwd` is where relative paths begin."""
+
+    role: str
+    number: int
+    address: str
+    device: str
+    objects: bytes
+    cwd: Path
+    log: Path
+
+
+class Peer:
+    """A child process, and the pipe through which it says how it ended."""
+
+    def __init__(self, name: str, process: Any, ending: Connection) -> None:
+        self.name = name
+        self.process = process
+        self._ending = ending
+        self._said: tuple[int, str] | None = None
+
+    @property
+    def failure(self) -> ZsplitError | None:
+        """Why it ended, where it ended in failure."""
+        code = self.process.exitcode
+        if code in (None, 0):
+            return None
+        if self._said is None:
+            self._said = 1, f"it {death(code)}"
+            with contextlib.suppress(EOFError):
+                if self._ending.poll():
+                    self._said = self._ending.recv()
+        error = RunFailedError(f"{self.name.capitalize()}: {self._said[1]}")
+        error.exit_code = self._said[0]
+        return error
+
+
+def live(task: Task, ending: Connection) -> None:
+    """The life of a child: its words go to its log, and how it ended to the parent."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    Thread(target=_die_with_parent, daemon=True).start()
+    os.chdir(task.cwd)
+    try:
+        output = os.open(task.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    except FileNotFoundError:
+        return  # the folder is gone again: the run was stopped before it began
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    try:
+        _work(task)
+    except ZsplitError as error:
+        ending.send((error.exit_code, str(error)))
+        sys.exit(error.exit_code)
+    except Exception as error:
+        ending.send((1, f"it failed with {type(error).__name__}: {error} (the traceback is in {task.log})"))
+        raise
+    ending.send((0, ""))
+
+
+def _work(task: Task) -> None:
+    from zsplit.train.peer import run_client, run_server
+
+    model, data = pickle.loads(task.objects)  # noqa: S301  (from our own parent)
+    if task.role == "server":
+        run_server(task.address, task.device, model, data.shape if data else None)
+    else:
+        run_client(task.address, task.number, task.device, model, data)
+
+
+def _die_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        wait([parent.sentinel])
+        os._exit(1)
+
+
+def death(code: int) -> str:
+    """Say how a process with this exit code ended."""
+    return f"was killed by {signal.Signals(-code).name}" if code < 0 else f"died with exit code {code}"
