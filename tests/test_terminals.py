@@ -14,9 +14,8 @@ from zsplit.config import differences, load_config
 from zsplit.model import zoo
 
 ORDERS = {
-    "broker first": ("broker", "server", "client -i 0", "client -i 1", "monitor"),
     "broker last": ("client -i 1", "monitor", "server", "client -i 0", "broker"),
-    "clients without an index, server last": ("monitor", "broker", "client", "client", "server"),
+    "broker first, clients without an index, server last": ("broker", "client", "client", "monitor", "server"),
 }
 
 CONFIG = '[run]\nname = "quick"\n[data]\nval_fraction = 0.2\n'
@@ -35,7 +34,7 @@ class Terminals(NamedTuple):
 
 @pytest.fixture(scope="module", params=ORDERS.values(), ids=ORDERS)
 def terminals(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Terminals:
-    """Start everybody in this order, each once the one before has something to say, and wait for the end."""
+    """Start everybody in this order (who comes before the broker has said that it waits) and wait for the end."""
     folder, port = tmp_path_factory.mktemp("terminals"), free_port()
     (folder / "quick.toml").write_text(CONFIG)
     broker = ["broker", "quick.toml", *settings(f"broker.port={port}", *QUICK), "--out", "out"]

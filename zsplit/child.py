@@ -36,18 +36,23 @@ class Peer:
         self._said: tuple[int, str] | None = None
 
     @property
-    def failure(self) -> ZsplitError | None:
-        """Why it ended, where it ended in failure."""
-        code = self.process.exitcode
-        if code in (None, 0):
-            return None
-        if self._said is None:
-            self._said = 1, f"it {death(code)}"
-            with contextlib.suppress(EOFError):
-                if self._ending.poll():
-                    self._said = self._ending.recv()
-        error = RunFailedError(f"{self.name.capitalize()}: {self._said[1]}")
-        error.exit_code = self._said[0]
+    def failed(self) -> bool:
+        """Whether it has ended in failure."""
+        return self.process.exitcode not in (None, 0)
+
+    @property
+    def last_words(self) -> tuple[int, str] | None:
+        """Exit code and sentence of one that has ended; None where it was killed before it could say them."""
+        with contextlib.suppress(EOFError):
+            if self._said is None and self._ending.poll():
+                self._said = self._ending.recv()
+        return self._said
+
+    def failure(self) -> ZsplitError:
+        """Return why it failed."""
+        code, sentence = self.last_words or (1, f"it {death(self.process.exitcode)}")
+        error = RunFailedError(f"{self.name.capitalize()}: {sentence}")
+        error.exit_code = code
         return error
 
 

@@ -35,7 +35,7 @@ STOP_SECONDS = 2.0
 
 
 NOTICE_SECONDS = 3.0
-"""How long the broker has to end a run one of whose peers failed. One that never began it does not end."""
+"""How long the broker has to end a run of which a peer told it that it failed; one that never began goes on."""
 
 
 class Place(NamedTuple):
@@ -77,7 +77,7 @@ def run_here(
             for peer in _peers(config, place, objects, device):
                 peers.append(peer)
             if watch is not None:
-                watch(place, lambda: process.poll() is None and _failure(peers) is None)
+                watch(place, lambda: process.poll() is None and not any(peer.failed for peer in peers))
             failed = _wait(process, peers, place.folder)
         except KeyboardInterrupt:
             _stop(process, peers, place.folder)
@@ -182,22 +182,18 @@ def _peers(config: Config, place: Place, objects: bytes, device: str) -> Iterato
         yield Peer(name, process, ours)
 
 
-def _failure(peers: list[Peer]) -> ZsplitError | None:
-    """Return why the first of those that failed did, if any."""
-    return next((failure for peer in peers if (failure := peer.failure) is not None), None)
-
-
 def _wait(process: "subprocess.Popen[str]", peers: list[Peer], folder: Path) -> ZsplitError | None:
     """Wait until the broker has ended (return None), or a peer failed and it does not end (return why)."""
     assert process.stdout is not None
     waiting = [peer.process.sentinel for peer in peers]
     while process.poll() is None:
         wait([process.stdout.fileno(), *waiting])  # the broker's output ends with it
-        if (failed := _failure(peers)) is not None:
+        if (failed := next((peer for peer in peers if peer.failed), None)) is not None:
+            told = failed.last_words is not None and _has_versions(folder)
             with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(NOTICE_SECONDS if _has_versions(folder) else 0)
+                process.wait(NOTICE_SECONDS if told else 0)
                 return None
-            return failed
+            return failed.failure()
         waiting = [peer.process.sentinel for peer in peers if peer.process.exitcode is None]
         if not waiting:
             process.wait()
