@@ -165,7 +165,7 @@ class Broker:
         self.router.finish = messages.Finish(ok=outcome.ok, sentence=outcome.sentence)
         self._tell(None)
         until = time.monotonic() + FAREWELL_SECONDS
-        while self.router.sessions and time.monotonic() < until:
+        while any(s.reachable for s in self.router.sessions.values()) and time.monotonic() < until:
             self._turn()
 
     def now(self) -> float:
@@ -202,6 +202,8 @@ class Broker:
             self.stopping = ""
         if now >= self._next_tick:
             self._next_tick = now + self.config.link.beat_seconds / 2
+            for session in self.router.silent(now):
+                self._send(session.control, self.router.orders(session, now=now))  # fails where it is gone
             self.news += self.router.tick(now)
             for intake in self.intakes.values():
                 intake.retry()

@@ -89,7 +89,11 @@ class Router:
                 f"client index {hello.index} is out of range: this run has {clients} clients, "
                 f"0 to {clients - 1} (schedule.clients)"
             )
-        if self.finish is not None and all(s.instance != hello.instance for s in self.sessions.values()):
+        if (
+            self.finish is not None
+            and hello.role != "monitor"
+            and all(s.instance != hello.instance for s in self.sessions.values())
+        ):
             return f"this run is over: {self.finish.sentence}"
         return ""
 
@@ -233,8 +237,15 @@ class Router:
                 session.progressed = min(now, session.progressed + now - self._ticked)
         self._ticked = now
 
+    def silent(self, now: float) -> list[Session]:
+        """Return the sessions that missed two beats."""
+        return [s for s in self.sessions.values() if now - s.seen > 2.5 * self.config.link.beat_seconds]
+
     def _overdue(self, session: Session, now: float) -> str:
         link = self.config.link
+        waiting = self.scheduler.phase == "waiting"  # the run could begin with a peer that is not there any more
+        if waiting and not session.reachable and now - session.seen > link.lease_seconds / 2:
+            return "its connection closed"
         if now - session.seen > link.lease_seconds:
             return f"no sign of life for {link.lease_seconds:g} s (link.lease_seconds)"
         late = link.progress_seconds and now - session.progressed > link.progress_seconds
