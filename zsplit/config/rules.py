@@ -20,7 +20,7 @@ def in_training(train: TrainSection) -> Iterator[str]:
         yield (
             'train.nesterov = true needs train.optimizer = "sgd" and train.momentum above 0: set both, or leave it out.'
         )
-    if train.micro_batches > train.batch_size:
+    if isinstance(train.micro_batches, int) and train.micro_batches > train.batch_size:
         yield (
             f"train.micro_batches = {train.micro_batches} would leave slices without a sample: "
             f"with train.batch_size = {train.batch_size} the largest is {train.batch_size}."

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta
 
-Dataset = Literal["digits", "mnist", "cifar10", "imagefolder", "own"]
+Dataset = Literal["digits", "mnist", "cifar10", "imagefolder", "fake", "own"]
 Partition = Literal["iid"]
 Optimizer = Literal["sgd", "adam", "adamw"]
 Policy = Literal["parallel", "round_robin"]
@@ -16,6 +16,8 @@ Weighting = Literal["samples", "uniform"]
 OptimizerState = Literal["carry", "reset", "local"]
 ServerModel = Literal["replica"]
 Codec = Literal["raw"]
+BatchNorm = Literal["deferred", "micro"]
+Auto = Literal["auto"]
 
 Count = Annotated[int, Meta(ge=1)]
 CountOr0 = Annotated[int, Meta(ge=0)]
@@ -25,6 +27,9 @@ Size = Annotated[float, Meta(ge=0)]
 Seconds = Annotated[float, Meta(gt=0)]
 # The title is what the error sentence and the docs say in place of the pattern.
 FolderName = Annotated[str, Meta(pattern=r"^\w[\w.-]*$", title="name of letters, digits, `_`, `-` and `.`")]
+ClientList = Annotated[
+    str, Meta(pattern=r"^(\*|\d+(-\d+)?(,\d+(-\d+)?)*)$", title="list of clients such as `0`, `1-3`, `0,4-6` or `*`")
+]
 Device = Annotated[
     str, Meta(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$", title='"auto" or "cpu" or "mps" or "cuda" or "cuda:N"')
 ]
@@ -48,6 +53,7 @@ class RunSection(Section, frozen=True):
     eval_every: Annotated[CountOr0, _is("rounds between evaluations; 0: only at the end")] = 1
     commit_every: Annotated[CountOr0, _is("turns between versions within a round (round-robin); 0: none")] = 0
     deterministic: Annotated[bool, _is("every peer uses torch's deterministic algorithms only")] = False
+    timeline: Annotated[bool, _is("write `timeline.json`: where each second of every peer went")] = False
 
 
 class ModelSection(Section, frozen=True):
@@ -55,7 +61,7 @@ class ModelSection(Section, frozen=True):
 
     name: Annotated[str, _is("`digits/cnn`, or one of torchvision's classification models")] = "digits/cnn"
     num_classes: Annotated[Count, _is("number of outputs")] = 10
-    cut: Annotated[str | CountOr0, _is("a name or index from `zsplit cuts`; empty: the model's own choice")] = ""
+    cut: Annotated[str | CountOr0, _is("a name or index from `zsplit cuts`; `auto`: the planner's choice; empty: the model's own")] = ""
     input: Annotated[tuple[Count, ...], _is("shape of a sample, channels first; empty: as the data")] = ()
 
 
@@ -65,6 +71,9 @@ class DataSection(Section, frozen=True):
     name: Annotated[Dataset, _is("the dataset; `own`: objects that a Python script hands over")] = "digits"
     path: Annotated[str, _is("folder with the dataset's files on each client; `~` is the home folder")] = ""
     partition: Annotated[Partition, _is("how the training samples are dealt out to the clients")] = "iid"
+    shape: Annotated[tuple[Count, ...], _is("shape of a sample, channels first (`fake`)")] = (3, 32, 32)
+    classes: Annotated[Count, _is("number of classes (`fake`)")] = 10
+    samples: Annotated[Count, _is("training samples, a tenth as many to test (`fake`)")] = 1000
     val_fraction: Annotated[Fraction, _is("share of each client's samples that is kept for validation")] = 0.1
 
 
@@ -80,7 +89,10 @@ class TrainSection(Section, frozen=True):
     weight_decay: Annotated[Size, _is("L2 penalty (`sgd`, `adam`) or decoupled decay (`adamw`)")] = 0.0
     nesterov: Annotated[bool, _is("Nesterov's momentum (`sgd`)")] = False
     local_epochs: Annotated[Count, _is("passes of a client over its samples in each round")] = 1
-    micro_batches: Annotated[Count, _is("slices that a mini-batch is cut into")] = 1
+    micro_batches: Annotated[Count | Auto, _is("slices that a mini-batch is cut into; `auto`: the planner's choice")] = 1
+    batch_norm: Annotated[
+        BatchNorm, _is("running statistics move once for a mini-batch, or with each of its micro-batches")
+    ] = "deferred"
     clip_norm: Annotated[Size, _is("largest norm of the gradient over both sides of the cut; 0: any")] = 0.0
 
     @property
@@ -117,18 +129,41 @@ class CodecSection(Section, frozen=True):
     down: Annotated[Codec, _is("codec of their gradients")] = "raw"
 
 
+class ClientLink(Section, frozen=True):
+    """The link of some clients: what is set here takes the place of what [link] says."""
+
+    clients: Annotated[ClientList, _is("which clients: `0`, `1-3`, `0,4-6` or `*`")]
+    uplink_mbps: Size | None = None
+    downlink_mbps: Size | None = None
+    rtt_ms: Size | None = None
+    trace: str | None = None
+
+
 class LinkSection(Section, frozen=True):
     """The connections between peers and broker."""
 
     lease_seconds: Annotated[Seconds, _is("a peer that is silent for so long is lost")] = 10.0
     beat_seconds: Annotated[Seconds, _is("time between a peer's signs of life")] = 1.0
     progress_seconds: Annotated[Size, _is("a peer with a turn and no progress for so long is lost; 0: off")] = 0.0
+    uplink_mbps: Annotated[Size, _is("clients send no faster than this (Mbit/s); 0: as the link is")] = 0.0
+    downlink_mbps: Annotated[Size, _is("clients receive no faster than this (Mbit/s); 0: as the link is")] = 0.0
+    rtt_ms: Annotated[Size, _is("added to every round trip of a client (ms), half of it each way")] = 0.0
+    trace: Annotated[str, _is("CSV of `seconds,uplink_mbps,downlink_mbps` that clients' links replay; empty: none")] = ""
+    client: Annotated[tuple[ClientLink, ...], _is("links of single clients, each a `[[link.client]]` table")] = ()
 
 
 class PlanSection(Section, frozen=True):
-    """How computing and sending overlap."""
+    """How computing and sending overlap, and how cut and micro-batches are chosen where they are `auto`."""
 
     window: Annotated[CountOr0, _is("micro-batches in flight at once; 0: all of the step")] = 0
+    file: Annotated[str, _is("`plan.json` of an earlier run, used again in place of measuring; empty: none")] = ""
+    profile_steps: Annotated[CountOr0, _is("repetitions when a peer measures itself; 0: nothing is measured")] = 5
+    profile_seconds: Annotated[Seconds, _is("time in which a peer measures itself")] = 5.0
+    quiet: Annotated[bool, _is("clients measure one after the other, all others quiet")] = True
+    predict: Annotated[bool, _is("measure and predict also where cut and micro-batches are fixed")] = False
+    min_cut: Annotated[str | CountOr0, _is("never cut before this place; empty: anywhere")] = ""
+    client_memory_mb: Annotated[Size, _is("memory that training the front may take (MiB); 0: any")] = 0.0
+    gain: Annotated[Fraction, _is("change the plan between rounds where another is faster by this share")] = 0.1
 
 
 class BrokerSection(Section, frozen=True):

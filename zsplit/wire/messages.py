@@ -13,7 +13,7 @@ import msgspec
 PROTOCOL = 1
 
 Role = Literal["client", "server", "monitor"]
-Kind = Literal["train", "eval", "predict"]
+Kind = Literal["train", "eval", "predict", "probe"]
 Count = Annotated[int, msgspec.Meta(ge=0, le=2**53)]
 Amount = Annotated[float, msgspec.Meta(ge=0, le=1e300)]
 Finite = Annotated[float, msgspec.Meta(ge=-1e300, le=1e300)]
@@ -109,13 +109,77 @@ class Merge(Record, frozen=True, tag="merge"):
     inputs: tuple[Contribution, ...]
 
 
-Job = Init | Turn | Evaluate | Merge
+class Measure(Record, frozen=True, tag="measure"):
+    """A server measures itself; with a client, that one measures itself and its link to the server."""
+
+    lease: Lease
+    server: int
+    client: int = -1
+
+
+Job = Init | Turn | Evaluate | Merge | Measure
+
+
+class Stretch(Record, frozen=True):
+    """What one stretch of the model between neighbouring cuts costs a peer.
+
+    `forward` and `backward` are seconds for each slice size of the profile, `step` those of the optimizer's step;
+    `saved` is bytes a sample that wait for the backward pass, `weights` bytes of parameters and buffers.
+    """
+
+    forward: tuple[Amount, ...]
+    backward: tuple[Amount, ...]
+    step: Amount = 0.0
+    saved: Amount = 0.0
+    weights: Count = 0
+
+
+class Profile(Record, frozen=True):
+    """What a peer measured of itself: every stretch at several slice sizes (samples, ascending).
+
+    `cuts` are the places in the model's order; stretch i ends at cut i, the last one at the loss. `up` and `down` are
+    bytes a sample on the wire at each cut, after the codec. `batch_seconds` is what a mini-batch takes to load,
+    `message_seconds` what encoding, queueing and decoding add to each micro-batch at this peer. `batch_norm` says
+    whether the model has BatchNorm. Stretches are missing from the end where the peer ran out of memory: `note` says so.
+    """
+
+    cuts: tuple[str, ...]
+    up: tuple[Amount, ...]
+    down: tuple[Amount, ...]
+    sizes: tuple[int, ...]
+    stretches: tuple[Stretch, ...]
+    batch_seconds: Amount = 0.0
+    message_seconds: Amount = 0.0
+    batch_norm: bool = False
+    note: str = ""
+
+
+class LinkSpeed(Record, frozen=True):
+    """A client's link to its server through the broker: bytes a second each way, and a round trip in seconds.
+
+    `spread` is how far repeated measurements of a rate lay apart, relative to their median.
+    """
+
+    up: Amount
+    down: Amount
+    rtt: Amount
+    spread: Amount = 0.0
+
+
+class Flow(NamedTuple):
+    """Messages of one way as they were seen to arrive: their bytes, the seconds they were on the way, one after the
+    other, and how many of them found the way empty, so that their seconds contain the way's delay."""
+
+    bytes: Count = 0
+    seconds: Amount = 0.0
+    starts: Count = 0
 
 
 class Tally(Record, frozen=True):
     """What a job did, counted. Sums are over samples; `step_seconds` counts steps by duration bucket.
 
-    `seconds` and `idle` are wall time in the job and the part of it spent waiting for the other side.
+    `seconds` and `idle` are wall time in the job and the part of it spent waiting for the other side, `busy` the
+    seconds of forward, backward and optimizer's step in it. `flow` is what came in from the other side.
     `traffic` is filled in by the broker: bytes by kind, up and down as seen from the client.
     """
 
@@ -126,6 +190,8 @@ class Tally(Record, frozen=True):
     top5: Count = 0
     seconds: Amount = 0.0
     idle: Amount = 0.0
+    busy: Amount = 0.0
+    flow: Flow = Flow()
     step_seconds: dict[Bucket, Count] = {}
     traffic: dict[str, tuple[Count, Count]] = {}
 
@@ -148,6 +214,22 @@ class Held(Record, frozen=True):
     step: int = 0
     digest: str = ""
     tally: Tally = Tally()
+    profile: Profile | None = None
+    link: LinkSpeed | None = None
+
+
+class Span(NamedTuple):
+    """What a peer did when: `begin` on the broker's clock, in seconds; step and micro-batch −1 where it has none.
+
+    `lane` says who: the thread that computes, the way up or the way down.
+    """
+
+    lane: Literal["compute", "up", "down"]
+    name: str
+    begin: float
+    seconds: float
+    step: int = -1
+    micro: int = -1
 
 
 class Prepared(Record, frozen=True):
@@ -165,6 +247,7 @@ class Prepared(Record, frozen=True):
     threads: int = 0
     device: str = "cpu"
     host: str = ""
+    cores: int = 1
 
 
 class Finish(Record, frozen=True):
@@ -239,6 +322,7 @@ class Telemetry(Control, frozen=True, tag="telemetry"):
     samples_per_second: Amount = 0.0
     idle_share: Amount = 0.0
     note: str = ""
+    spans: tuple[Span, ...] = ()
 
 
 class Fault(Control, frozen=True, tag="fault"):
