@@ -38,6 +38,29 @@ class SmallResidual(nn.Module):
         return self.fc(self.drop(self.flatten(self.pool(self.block(self.stem(x))))))
 
 
+class Normed(nn.Module):
+    """BatchNorm on either side of `relu`: run twice, with a momentum of its own, in one dimension, without weights."""
+
+    RANDOM = ()
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(1, 4, 3, padding=1)
+        self.bn1 = nn.BatchNorm2d(4)
+        self.conv2 = nn.Conv2d(4, 4, 3, padding=1)
+        self.relu = nn.ReLU()
+        self.conv3 = nn.Conv2d(4, 6, 3, stride=2, bias=False)
+        self.bn2 = nn.BatchNorm2d(6, momentum=0.5)
+        self.flatten = nn.Flatten(2)
+        self.bn3 = nn.BatchNorm1d(6, momentum=0.3, affine=False)
+        self.fc = nn.Linear(54, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.relu(self.bn1(self.conv2(self.bn1(self.conv1(x)))))
+        x = self.bn3(self.flatten(self.bn2(self.conv3(x))))
+        return self.fc(x.flatten(1))
+
+
 class Plain(nn.Module):
     """A small network with nothing special: 1x8x8 inputs, 10 classes."""
 

@@ -15,7 +15,14 @@ micro-batch, name; the second call of one module within a forward pass is `name_
 Step. A mini-batch of B samples is cut by `tensor_split` into min(micro_batches, B) slices of b samples;
 the gradients of `cross_entropy(slice) * (b / B)` accumulate in slice order; their global norm, over all
 parameters in model order, is clipped unless `clip_norm` is 0; the optimizer steps once. Front and back
-differ by their learning rates. BatchNorm sees the slices.
+differ by their learning rates.
+
+BatchNorm. Every slice is normalised by its own statistics. With `micro`, and where a mini-batch is one slice, running
+statistics move with each slice, as in torch. With `deferred` they move once for the mini-batch, and once for each
+call of a module in a forward pass. Slice i has nᵢ elements of a channel, with mean mᵢ and unbiased variance vᵢ as
+torch itself computes them; with n = Σ nᵢ the mini-batch has the mean m = Σ nᵢ·mᵢ / n and the unbiased variance
+v = Σ ((nᵢ - 1)·vᵢ + nᵢ·(mᵢ - m)²) / (n - 1), in float32, over all slices at once. Running values r become
+(1 - momentum)·r + momentum·m and likewise with v; without a momentum it is 1 / `num_batches_tracked`.
 
 Turn. A client runs steps of its round from one version: `local_epochs` times through its data, each in
 an order of its own, in consecutive batches, the short last one kept. `optimizer_state` says with which
@@ -57,6 +64,7 @@ from torch.optim import SGD, Adam, AdamW, Optimizer
 State = dict[str, Tensor]
 Steps = list[tuple[int, Tensor]]  # each with its index in the round and the samples of its mini-batch
 
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 BUFFERS = ("momentum_buffer", "step", "exp_avg", "exp_avg_sq")
 
 
@@ -80,6 +88,7 @@ class Settings:
     momentum: float = 0.0
     nesterov: bool = False
     weight_decay: float = 0.0
+    batch_norm: Literal["deferred", "micro"] = "deferred"
     clip_norm: float = 0.0
 
 
@@ -177,15 +186,35 @@ class Reference:
         """Step on one mini-batch and return its mean loss. `place` is (client, round, step)."""
         optimizer.zero_grad()
         slices, mean = min(self.settings.micro_batches, len(y)), 0.0
-        for micro, (xs, ys) in enumerate(zip(x.tensor_split(slices), y.tensor_split(slices), strict=True)):
-            with self.seeded(*place, micro):
-                loss = F.cross_entropy(self.model(xs), ys) * (len(ys) / len(y))
-            loss.backward()
-            mean += loss.item()
+        with self.deferred(slices):
+            for micro, (xs, ys) in enumerate(zip(x.tensor_split(slices), y.tensor_split(slices), strict=True)):
+                with self.seeded(*place, micro):
+                    loss = F.cross_entropy(self.model(xs), ys) * (len(ys) / len(y))
+                loss.backward()
+                mean += loss.item()
         if self.settings.clip_norm:
             nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.clip_norm, foreach=False)
         optimizer.step()
         return mean
+
+    @contextmanager
+    def deferred(self, slices: int) -> Iterator[None]:
+        """Undo what the slices do to running statistics, and move them once by all slices."""
+        if slices == 1 or self.settings.batch_norm == "micro":
+            yield
+            return
+        norms = {m: clone(m.state_dict()) for m in self.model.modules() if isinstance(m, BATCH_NORMS)}
+        inputs: dict[nn.Module, list[Tensor]] = {norm: [] for norm in norms}
+        with ExitStack() as hooks:
+            for norm in norms:
+                hook = norm.register_forward_pre_hook(lambda norm, args: inputs[norm].append(args[0].detach()))
+                hooks.enter_context(hook)
+            yield
+        for norm, before in norms.items():
+            norm.load_state_dict(before)
+            calls = len(inputs[norm]) // slices
+            for call in range(calls):
+                move(norm, inputs[norm][call::calls])
 
     @contextmanager
     def seeded(self, *place: int) -> Iterator[None]:
@@ -252,6 +281,22 @@ class Reference:
             best = logits.topk(min(5, logits.shape[1])).indices == ys[:, None]
             hits += torch.stack([best[:, 0].sum(), best.sum()])
         return Score(len(y), loss, *hits.tolist())
+
+
+@torch.no_grad()
+def move(norm: nn.Module, slices: list[Tensor]) -> None:
+    """Move running statistics once, by the inputs (N, C, …) of all slices."""
+    n = torch.tensor([[x.numel() // x.shape[1]] for x in slices], dtype=torch.float32)
+    means = torch.zeros(len(slices), slices[0].shape[1])
+    variances = torch.zeros_like(means)
+    for x, m, v in zip(slices, means, variances, strict=True):
+        F.batch_norm(x, m, v, training=True, momentum=1.0)
+    mean = (n * means).sum(0) / n.sum()
+    variance = ((n - 1) * variances + n * (means - mean) ** 2).sum(0) / (n.sum() - 1)
+    norm.num_batches_tracked += 1
+    momentum = 1 / norm.num_batches_tracked.item() if norm.momentum is None else norm.momentum
+    norm.running_mean[:] = (1 - momentum) * norm.running_mean + momentum * mean
+    norm.running_var[:] = (1 - momentum) * norm.running_var + momentum * variance
 
 
 def average(shares: Sequence[tuple[State, int]]) -> State:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from nets import Plain, SmallResidual, images
+from nets import Normed, Plain, SmallResidual, images
 from reference import Reference, Settings, deal, derive
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -43,6 +43,7 @@ def train_split(out: Path, model: nn.Module, cut: str, clients: int, settings: S
             "train.batch_size": settings.batch_size,
             "train.local_epochs": settings.local_epochs,
             "train.micro_batches": settings.micro_batches,
+            "train.batch_norm": settings.batch_norm,
             "train.optimizer": settings.optimizer,
             "train.client_lr": settings.client_lr,
             "train.server_lr": settings.server_lr,
@@ -125,6 +126,28 @@ def test_a_split_run_ends_with_the_weights_of_the_reference(case: str, tmp_path:
     result = train_split(tmp_path / "run", model, "block.add", clients, settings)
     front = names_up_to(model, "stem", "block")
     assert_same(result, train_plain(model, front, clients, settings))
+
+
+# (clients, window, settings) with batches of 10, 10, 10 and 5 (two clients) or 10, 10 and 3 or 4 (three): 3 and 8
+# slices are not equal, and where 8 are asked for the last batch has fewer samples. M of 1, 2 and 3 are above, too.
+MICRO_BATCHES: dict[str, tuple[int, int, Settings]] = {
+    "round-robin, 8 in a window of 3": (2, 3, replace(SGD, policy="round_robin", micro_batches=8)),
+    "parallel, 2, not deferred": (3, 0, replace(SGD, policy="parallel", micro_batches=2, batch_norm="micro")),
+    "parallel, 3 in a window of 2": (3, 2, replace(SGD, policy="parallel", micro_batches=3, aggregate_every=2)),
+    "parallel, 8 in a window of 1, clipped": (2, 1, replace(SGD, policy="parallel", micro_batches=8, clip_norm=0.5)),
+}
+
+
+@pytest.mark.parametrize("case", MICRO_BATCHES)
+def test_micro_batches_on_both_sides_of_batch_norm_end_with_the_weights_of_the_reference(
+    case: str, tmp_path: Path
+) -> None:
+    clients, window, settings = MICRO_BATCHES[case]
+    settings = replace(settings, batch_size=10)
+    torch.manual_seed(11)
+    model = Normed()
+    result = train_split(tmp_path / "run", model, "relu", clients, settings, **{"plan.window": window})
+    assert_same(result, train_plain(model, names_up_to(model, "conv1", "bn1", "conv2"), clients, settings))
 
 
 @pytest.mark.parametrize("cut", ["stem", "block.relu_1", "flatten", "drop"])

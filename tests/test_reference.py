@@ -239,6 +239,28 @@ def test_micro_batches_give_loss_and_gradient_of_the_whole_batch_to_rounding(sli
     assert sliced_losses == pytest.approx(losses)
 
 
+STATISTICS = ("1.running_mean", "1.running_var", "1.num_batches_tracked")
+
+
+def test_deferred_batch_norm_moves_as_if_the_mini_batch_were_whole() -> None:
+    still = Settings(batch_size=12, client_lr=0.0, server_lr=0.0, rounds=2)  # BatchNorm's input stays the same
+    whole, deferred, micro = (
+        trained(settings, 30, 24)
+        for settings in (still, replace(still, micro_batches=3), replace(still, micro_batches=3, batch_norm="micro"))
+    )
+    torch.testing.assert_close(deferred, whole, rtol=1e-5, atol=1e-6)
+    assert [version["1.num_batches_tracked"].item() for version in (whole, deferred, micro)] == [10, 10, 30]
+    assert not torch.allclose(micro["1.running_mean"], whole["1.running_mean"], rtol=0.01)
+
+
+@pytest.mark.parametrize("slices", [1, 3])
+def test_when_running_statistics_move_changes_nothing_else(slices: int) -> None:
+    settings = replace(MOMENTUM, micro_batches=slices)
+    deferred, micro = (trained(replace(settings, batch_norm=mode), 22) for mode in ("deferred", "micro"))
+    changed = [name for name in deferred if not torch.equal(deferred[name], micro[name])]
+    assert changed == ([] if slices == 1 else list(STATISTICS))
+
+
 def test_every_local_epoch_goes_through_all_samples_in_an_order_of_its_own() -> None:
     steps = Reference(plain, blobs(20), Settings(local_epochs=2, batch_size=8)).steps(0, 5)
     assert [(step, len(batch)) for step, batch in steps] == [(0, 8), (1, 8), (2, 4), (3, 8), (4, 8), (5, 4)]

@@ -17,13 +17,16 @@ class Part(nn.Module):
     Its parameters and modules are those of the model that it was made from, under the same names, and not copies:
     training the parts trains the model, and where both sides run one module (a ReLU, say) they have it in common, with
     its mode. `copy.deepcopy` gives an independent part. `train()` and `eval()` switch between the two forward passes
-    that were traced. What a part takes is never changed in place. It is not to be pickled: weights travel as a
-    `state_dict`.
+    that were traced. What a part takes is never changed in place, unless it `owns` that. It is not to be pickled:
+    weights travel as a `state_dict`.
     """
 
-    def __init__(self, model: nn.Module, names: Collection[str], training: Stretch, evaluation: Stretch) -> None:
+    def __init__(
+        self, model: nn.Module, names: Collection[str], training: Stretch, evaluation: Stretch, owns: bool = False
+    ) -> None:
         super().__init__()
         self.training = model.training
+        self._owns = owns
         self._adopt_modules(model, [*training.nodes, *evaluation.nodes])
         self._adopt_tensors(model, names)
         self._forwards: dict[bool, Forward] = {
@@ -68,7 +71,8 @@ class Part(nn.Module):
     def _graph(self, names: Collection[str], model: nn.Module, stretch: Stretch) -> fx.Graph:
         source, graph = stretch.source, fx.Graph()
         copies = {stretch.takes: graph.placeholder("x")}
-        if source.facts[stretch.takes].changed:  # the sender may need it, and autograd refuses to change its leaves
+        # What is not our own the sender may need, and autograd refuses to change its leaves.
+        if source.facts[stretch.takes].changed and not self._owns:
             copies[stretch.takes] = graph.call_method("clone", (copies[stretch.takes],))
         for node in stretch.nodes:
             if node in copies:

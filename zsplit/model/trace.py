@@ -46,10 +46,14 @@ Pair = tuple[Stretch, Stretch]
 
 
 class Traced:
-    """A model, its forward pass in each mode, and the places where it can be cut, in order. Made by `trace`."""
+    """A model, its forward pass in each mode, and the places where it can be cut, in order. Made by `trace`.
+
+    `shape` is that of one sample.
+    """
 
     def __init__(self, model: nn.Module, example: Tensor) -> None:
         self.model = model
+        self.shape = tuple(example.shape[1:])
         self._kind = type(model).__name__
         self._inventory = Inventory(model)
         # Two sizes of batch: a dimension that has both is the batch. BatchNorm needs two samples.
@@ -89,11 +93,21 @@ class Traced:
         for one, other in pairwise(points):
             if other.index <= one.index:
                 raise PlanError(f"The cut {other} does not come after {one}: give the cuts in the model's order.")
-        stretches = self._stretches(*(point.name for point in points))
-        shares = self._inventory.deal([_reads(pair) for pair in stretches])
-        parts = tuple(Part(self.model, names, *pair) for names, pair in zip(shares, stretches, strict=True))
+        parts = self._parts(points, owns=False)
         self._check_state(parts)
         return parts
+
+    def chain(self) -> tuple[Part, ...]:
+        """Return the parts between all neighbouring cuts, to be run one after the other, as the uncut model runs.
+
+        What one gives belongs to the next, which may change it in place where the model does.
+        """
+        return self._parts(self.cuts, owns=True)
+
+    def _parts(self, points: Sequence[CutPoint], owns: bool) -> tuple[Part, ...]:
+        stretches = self._stretches(*(point.name for point in points))
+        shares = self._inventory.deal([_reads(pair) for pair in stretches])
+        return tuple(Part(self.model, names, *pair, owns) for names, pair in zip(shares, stretches, strict=True))
 
     def _find_cuts(self) -> Iterator[CutPoint]:
         index, last = 0, -1

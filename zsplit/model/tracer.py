@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from zsplit.errors import PlanError
@@ -82,12 +83,16 @@ def skeleton(model: nn.Module, training: bool) -> nn.Module:
     """
     shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     try:
-        return copy.deepcopy(model, shared).train(training)
+        twin = copy.deepcopy(model, shared).train(training)
     except Exception as error:
         raise PlanError(
             f"{type(model).__name__} cannot be copied ({first_line(error)}): "
             "keep what cannot be copied out of the model's attributes."
         ) from error
+    for module in twin.modules():
+        if isinstance(module, _BatchNorm) and module.momentum is None:
+            module.momentum = 0.0  # a cumulative average asks for the value of a counter, and what is traced has none
+    return twin
 
 
 def follow(root: nn.Module) -> tuple[fx.Graph, dict[fx.Node, str]]:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from difflib import get_close_matches
 from math import prod
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -64,9 +64,44 @@ def _splitnn_mlp(num_classes: int, shape: Shape) -> nn.Module:
     )
 
 
+def _pipelearn_vgg5(num_classes: int, shape: Shape) -> nn.Module:
+    """PipeLearn's VGG5, layer for layer: three blocks of convolution, BatchNorm and ReLU, then two linear layers.
+
+    Its initial weights are drawn as there (Xavier's uniform distribution, biases 0). Nothing non-linear stands between
+    the two linear layers there, so nothing does here: they learn no more than one would, but the time of a step
+    compares. The faulty dropout of PipeLearn's dense layers is not used by its VGG5. Cut after the second block.
+    """
+    channels, height, width = shape
+    model = nn.Sequential(
+        OrderedDict(
+            block1=_block(channels, 32, nn.MaxPool2d(2)),
+            block2=_block(32, 64, nn.MaxPool2d(2)),
+            block3=_block(64, 64),
+            flatten=nn.Flatten(),
+            fc1=nn.Linear(64 * (height // 4) * (width // 4), 128),
+            fc2=nn.Linear(128, num_classes),
+        )
+    )
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            nn.init.xavier_uniform_(module.weight)
+            nn.init.zeros_(cast(nn.Parameter, module.bias))
+    return model
+
+
+def _block(channels: int, outputs: int, pool: nn.Module | None = None) -> nn.Module:
+    layers: dict[str, nn.Module] = {
+        "conv": nn.Conv2d(channels, outputs, 3, padding=1),
+        "norm": nn.BatchNorm2d(outputs),
+        "relu": nn.ReLU(inplace=True),
+    }
+    return nn.Sequential(OrderedDict(layers if pool is None else {**layers, "pool": pool}))
+
+
 OWN = {
     "digits/cnn": Entry(_digits_cnn, (1, 8, 8), "pool"),
     "splitnn/mlp": Entry(_splitnn_mlp, (1, 28, 28), "relu2"),
+    "pipelearn/vgg5": Entry(_pipelearn_vgg5, (3, 32, 32), "block2.pool"),
 }
 
 
