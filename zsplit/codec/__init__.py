@@ -27,6 +27,11 @@ def encode(what: What, tensor: Tensor, codec: str = "raw") -> tuple[TensorMeta, 
     return TensorMeta(what, NAMES[tensor.dtype], tuple(tensor.shape), codec, frame.nbytes), frame
 
 
+def is_view(tensor: Tensor, codec: str = "raw") -> bool:
+    """Whether encoding computes and copies nothing: the frame is the tensor's own memory."""
+    return codec == "raw" and tensor.device.type == "cpu" and tensor.is_contiguous()
+
+
 ALIGNMENT = 64
 """Bytes that torch aligns its own CPU tensors to. Matrix products on others round differently in the last bit."""
 

@@ -29,6 +29,7 @@ from zsplit.config.sections import (
     ServerSection,
     TrainSection,
 )
+from zsplit.config.shape import link_of
 from zsplit.errors import ConfigError
 
 __all__ = [
@@ -37,6 +38,7 @@ __all__ = [
     "differences",
     "from_json",
     "keys",
+    "link_of",
     "load_config",
     "table",
     "to_json",

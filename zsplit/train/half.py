@@ -1,14 +1,14 @@
 """One half of the cut model under training: the part, its optimizer, and its share of the run's state."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from copy import deepcopy
 
 import torch
 from torch import Tensor, nn
 
 from zsplit.config import Config
-from zsplit.errors import RemoteProtocolError
-from zsplit.model import Part, Traced, trace, zoo
+from zsplit.errors import PlanError, RemoteProtocolError
+from zsplit.model import CutPoint, DeferredBatchNorm, Part, Traced, trace, zoo
 from zsplit.train.state import State, Tensors, load_optimizer, optimizer_buffers, weights_of
 from zsplit.wire.manifest import LOCAL, OPTIMIZER
 
@@ -16,8 +16,9 @@ from zsplit.wire.manifest import LOCAL, OPTIMIZER
 class Workshop:
     """Makes halves: the whole model, built and traced once, and copies of its parts.
 
-    `model` takes the place of the one that the config names. Raises ConfigError for a model or cut that
-    does not exist.
+    `model` takes the place of the one that the config names. `cut` is the place where it is cut unless a plan says
+    otherwise. Raises ConfigError for a model that does not exist, PlanError for a cut that does not exist or that
+    `plan.min_cut` forbids.
     """
 
     def __init__(self, config: Config, shape: tuple[int, ...], device: torch.device, model: nn.Module | None) -> None:
@@ -30,15 +31,49 @@ class Workshop:
         )
         self.traced: Traced = trace(self.model, torch.zeros(2, *shape))
         self._parts: dict[str, tuple[Part, ...]] = {}
-        own = zoo.default_cut(config.model.name) if model is None else None
-        middle = self.traced.cuts[len(self.traced.cuts) // 2].name if self.traced.cuts else ""
-        self.cut = self.traced.cut(config.model.cut if config.model.cut != "" else own or middle).name
+        self._earliest = self._find_earliest()
+        self.cut = self._own_cut(zoo.default_cut(config.model.name) if model is None else None).name
 
     def parts(self, cut: str) -> tuple[Part, ...]:
-        """Return front and back of the model itself; cut once for each place."""
+        """Return front and back of the model itself; cut once for each place. Raises PlanError as `check_cut`."""
         if cut not in self._parts:
+            self.check_cut(cut)
             self._parts[cut] = self.traced.split(cut)
         return self._parts[cut]
+
+    def check_cut(self, cut: str) -> None:
+        """Raise PlanError where a plan names a cut that this model does not have, or that `plan.min_cut` forbids."""
+        try:
+            point = self.traced.cut(cut)
+        except PlanError as error:
+            reason = str(error).removesuffix(".")
+            raise PlanError(f"{reason} (the plan names it: plan anew, and give all peers the same model).") from error
+        self._check_place(point, "The plan cuts", "plan anew")
+
+    def _find_earliest(self) -> CutPoint | None:
+        """Return the first cut that `plan.min_cut` allows, or None where it allows all."""
+        key = self.config.plan.min_cut
+        try:
+            return None if key == "" else self.traced.cut(key)
+        except PlanError as error:
+            raise PlanError(f"plan.min_cut names no cut: {error}") from error
+
+    def _own_cut(self, usual: str | None) -> CutPoint:
+        """Return the cut that the config names; else the model's usual one, or the middle.
+
+        Where the planner is to choose, `plan.min_cut` moves it; where not, it has to be changed by hand.
+        """
+        named, cuts = self.config.model.cut, self.traced.cuts
+        middle = cuts[len(cuts) // 2].name if cuts else ""
+        point = self.traced.cut((usual or middle) if named in ("", "auto") else named)
+        if named == "auto":
+            return max(point, self._earliest or point, key=lambda each: each.index)
+        self._check_place(point, "The model is cut", "set model.cut to that place, to a later one, or to 'auto'")
+        return point
+
+    def _check_place(self, point: CutPoint, who: str, remedy: str) -> None:
+        if self._earliest is not None and point.index < self._earliest.index:
+            raise PlanError(f"{who} at {point}, before plan.min_cut = {self._earliest}: {remedy}.")
 
     def front(self, cut: str) -> "Half":
         """Return a new front, on the device."""
@@ -67,7 +102,10 @@ class Workshop:
 
 
 class Half:
-    """A front or a back. `load` before each turn, train it, then take its `state`."""
+    """A front or a back. `load` before each turn, train it, then take its `state`.
+
+    `version` is the digest of the version whose weights it has; empty once a step has begun to move them.
+    """
 
     def __init__(self, part: Part, config: Config, rate: float, device: torch.device) -> None:
         self.part = part
@@ -77,6 +115,9 @@ class Half:
         self._names = frozenset(part.state_dict())
         self._carries = config.schedule.optimizer_state
         self._prefix = OPTIMIZER
+        self.version = ""
+        self._norms = DeferredBatchNorm(part)
+        self._deferred = config.train.batch_norm == "deferred"
 
     def keep_for(self, client: int | None) -> None:
         """Say which client's buffers these are where each peer keeps its own (`optimizer_state = "local"`).
@@ -86,22 +127,29 @@ class Half:
         own = client is not None and self._carries == "local"
         self._prefix = f"{LOCAL}{client}/" if own else OPTIMIZER
 
-    def weighs(self, name: str) -> bool:
-        """Whether a tensor of a version is a weight or buffer of this half: all that an evaluation needs."""
-        return name in self._names
+    def needs(self, version: str, training: bool) -> Callable[[str], bool]:
+        """Return which of a version's tensors, by name, this half has to `load` before it trains or evaluates.
 
-    def wants(self, name: str) -> bool:
-        """Whether a tensor of a version belongs to this half, its optimizer included."""
-        if name.startswith(self._prefix):
-            return name.removeprefix(self._prefix).partition("/")[2] in self._names
-        return self.weighs(name)
+        Its weights are not among them where it has them already: a version is evaluated and then trained on.
+        """
+        has_weights = version == self.version
 
-    def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take weights and optimizer buffers from a version. Raises RemoteProtocolError where weights lack."""
-        missing = sorted(self._names - tensors.keys())
-        if missing:
-            raise RemoteProtocolError(f"The version lacks {missing[0]}: do all peers have the same model?")
-        self.part.load_state_dict({name: tensors[name] for name in self._names})
+        def needed(name: str) -> bool:
+            if name in self._names:
+                return not has_weights
+            buffer_of = name.removeprefix(self._prefix).partition("/")[2]
+            return training and name.startswith(self._prefix) and buffer_of in self._names
+
+        return needed
+
+    def load(self, version: str, tensors: Mapping[str, Tensor]) -> None:
+        """Take over a version by its digest: what this half `needs` of it. Raises RemoteProtocolError for less."""
+        if version != self.version:
+            missing = sorted(self._names - tensors.keys())
+            if missing:
+                raise RemoteProtocolError(f"The version lacks {missing[0]}: do all peers have the same model?")
+            self.part.load_state_dict({name: tensors[name] for name in self._names})
+            self.version = version
         if self.optimizer is not None:
             load_optimizer(self.part, self.optimizer, tensors, self._prefix)
             self.optimizer.zero_grad()
@@ -113,8 +161,14 @@ class Half:
             tensors |= optimizer_buffers(self.part, self.optimizer, self._prefix)
         return State.of(tensors)
 
+    def begin_step(self, slices: int) -> None:
+        """Say in how many slices the next mini-batch comes, before the first of them goes forward."""
+        self.version = ""
+        self._norms.begin(slices if self._deferred else 1)
+
     def step(self) -> None:
-        """Step the optimizer and forget the gradients."""
+        """End a mini-batch: move running statistics that were deferred, step the optimizer, forget the gradients."""
+        self._norms.commit()
         if self.optimizer is not None:
             self.optimizer.step()
             self.optimizer.zero_grad()

@@ -1,9 +1,8 @@
-"""What a server does under a lease: make version 0, merge, train, evaluate.
+"""What a server does under a lease: measure, make version 0, merge, train, evaluate.
 
 A job asks for the state that it needs when it begins, and then reacts to what comes.
 """
 
-import time
 from collections.abc import Mapping
 from typing import Protocol
 
@@ -11,19 +10,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from zsplit.codec import encode
 from zsplit.config import Config
 from zsplit.errors import ConfigError, RemoteProtocolError
 from zsplit.model import randomness
+from zsplit.train.account import Account
 from zsplit.train.aggregate import Part, merge
 from zsplit.train.half import Half, Workshop
 from zsplit.train.link import Incoming, Link
 from zsplit.train.machine import use_threads
+from zsplit.train.profile import measure
 from zsplit.train.shelf import Fetched
 from zsplit.train.state import State, Tensors
 from zsplit.wire.manifest import LOCAL
-from zsplit.wire.messages import Evaluate, Held, Init, Lease, Merge, Step, Tally, Turn
+from zsplit.wire.messages import Evaluate, Held, Init, Lease, Measure, Merge, Step, Tally, Turn, What
 from zsplit.wire.messages import Tensors as TensorsMessage
+
+LARGEST_PROBE = 64 * 2**20
+"""Bytes of an answer to a probe; far more than a client that measures its link asks for."""
 
 
 class Handler(Protocol):
@@ -55,11 +58,39 @@ class Initialising:
         """No client takes part."""
 
 
+class Measuring:
+    """This server measures itself; or it answers a client's probes of the link between them."""
+
+    def __init__(self, link: Link, job: Measure, config: Config, workshop: Workshop) -> None:
+        self.link, self.job, self.config, self.workshop = link, job, config, workshop
+
+    def begin(self) -> None:
+        if self.job.client >= 0:
+            self.link.report(Held(lease=self.job.lease, state="ready"))
+            return
+        with Account(self.link.spans, self.workshop.device).computing("measure"):
+            profile = measure(self.workshop, self.config)
+        self.link.report(Held(lease=self.job.lease, state="done", profile=profile))
+
+    def fetched(self, event: Fetched) -> None:
+        """Nothing is asked for."""
+
+    def incoming(self, event: Incoming) -> None:
+        message = event.message
+        if not isinstance(message, TensorsMessage):
+            raise RemoteProtocolError(f"Client {self.job.client} sent {type(message).__name__} as a probe")
+        size = whole(message, "down")
+        if size > LARGEST_PROBE:
+            raise RemoteProtocolError(f"Client {self.job.client} asks for a probe of {size} bytes")
+        echo: list[tuple[What, Tensor, str]] = [("other", torch.empty(size, dtype=torch.uint8), "raw")]
+        self.link.send_tensors(self.job.lease, "probe", message.step, message.micro, 1, echo, {})
+
+
 class Merging:
     """Contributions to a version. The base is asked for as well: it has what peers keep for themselves."""
 
-    def __init__(self, link: Link, job: Merge) -> None:
-        self.link, self.job = link, job
+    def __init__(self, link: Link, job: Merge, device: torch.device) -> None:
+        self.link, self.job, self.account = link, job, Account(link.spans, device)
         self.refs = [job.base, *(ref for c in job.inputs for ref in (c.front, c.back))]
         self.states: dict[str, Tensors] = {}
 
@@ -70,12 +101,13 @@ class Merging:
     def fetched(self, event: Fetched) -> None:
         self.states[event.ref.digest] = event.tensors
         if len(self.states) == len({ref.digest for ref in self.refs}):
-            began = time.monotonic()
-            parts = [
-                Part(c.weight, {**self.states[c.front.digest], **self.states[c.back.digest]}) for c in self.job.inputs
-            ]
-            merged = State.of(merge(self.states[self.job.base.digest], parts))
-            finish(self.link, self.job.lease, merged, Tally(seconds=time.monotonic() - began))
+            with self.account.computing("aggregate"):
+                parts = [
+                    Part(c.weight, {**self.states[c.front.digest], **self.states[c.back.digest]})
+                    for c in self.job.inputs
+                ]
+                merged = State.of(merge(self.states[self.job.base.digest], parts))
+            finish(self.link, self.job.lease, merged, Tally(seconds=self.account.busy, busy=self.account.busy))
 
     def incoming(self, event: Incoming) -> None:
         """No client takes part."""
@@ -87,21 +119,21 @@ class Training:
     def __init__(self, link: Link, job: Turn, config: Config, half: Half) -> None:
         self.link, self.job, self.config, self.half = link, job, config, half
         self.half.keep_for(None if config.schedule.policy == "round_robin" else job.client)
+        self.account = Account(link.spans, half.device)
         self.at = (job.first, 0)
         self.samples = 0
-        self.busy = 0.0
 
     def begin(self) -> None:
-        self.link.fetch(self.job.lease, self.job.base, self.half.wants)
+        self.link.fetch(self.job.lease, self.job.base, self.half.needs(self.job.base.digest, training=True))
 
     def fetched(self, event: Fetched) -> None:
-        use_threads(self.job.threads[1])
-        self.half.load(event.tensors)
-        self.half.part.train()
+        with self.account.computing("load"):
+            self.half.load(self.job.base.digest, event.tensors)
+            self.half.part.train()
         self.link.report(Held(lease=self.job.lease, state="ready"))
 
     def incoming(self, event: Incoming) -> None:
-        began = time.monotonic()
+        use_threads(self.job.threads[1])
         match event.message:
             case Step(step=step, scale=scale) if (step, -1) == self.at:
                 self.half.scale_gradients(scale)
@@ -112,7 +144,6 @@ class Training:
                 raise RemoteProtocolError(
                     f"Client {self.job.client} sent {type(message).__name__} of step {message.step} out of order"
                 )
-        self.busy += time.monotonic() - began
         if self.at[0] == self.job.first + self.job.count:
             self._finish()
 
@@ -120,11 +151,15 @@ class Training:
         smashed, labels = pair(tensors, self.half.device)
         smashed.requires_grad_()
         batch, micros = whole(message, "batch"), whole(message, "micros")
-        with randomness(self.config.run.seed, self.job.client, self.job.round, message.step, message.micro):
+        if message.micro == 0:
+            self.half.begin_step(micros)
+        place = self.job.client, self.job.round, message.step, message.micro
+        with self.account.computing("forward", *place[2:]), randomness(self.config.run.seed, *place):
             outputs = self.half.part(smashed)
         check_labels(tensors["labels"], outputs)
-        loss = F.cross_entropy(outputs, labels)
-        torch.autograd.backward(loss * (len(labels) / batch))
+        with self.account.computing("backward", *place[2:]):
+            loss = F.cross_entropy(outputs, labels)
+            torch.autograd.backward(loss * (len(labels) / batch))
         self.samples += len(labels)
         last = message.micro == micros - 1
         clipping = last and self.config.train.clip_norm > 0
@@ -138,19 +173,21 @@ class Training:
 
     def _reply(self, message: TensorsMessage, smashed: Tensor, loss: Tensor, norms: bool) -> None:
         gradient = smashed.grad if smashed.grad is not None else torch.zeros_like(smashed)
-        sent = [encode("gradients", gradient, self.job.plan.down)]
+        sent: list[tuple[What, Tensor, str]] = [("gradients", gradient, self.job.plan.down)]
         if norms:
-            sent.append(encode("norms", self.half.gradient_norms()))
+            sent.append(("norms", self.half.gradient_norms(), "raw"))
         lease, step, micro = self.job.lease, message.step, message.micro
         self.link.send_tensors(lease, "train", step, micro, 1, sent, {"loss": float(loss.detach())})
 
     def _step(self, step: int) -> None:
-        self.half.step()
+        with self.account.computing("step", step):
+            self.half.step()
         self.at = (step + 1, 0)
         self.link.report(Held(lease=self.job.lease, state="running", step=step + 1), at_once=False)
 
     def _finish(self) -> None:
-        tally = Tally(steps=self.job.count, samples=self.samples, seconds=self.busy)
+        busy, flow = self.account.busy, self.link.flow(self.job.lease)
+        tally = Tally(steps=self.job.count, samples=self.samples, seconds=busy, busy=busy, flow=flow)
         finish(self.link, self.job.lease, self.half.state(), tally)
 
 
@@ -159,12 +196,13 @@ class Evaluating:
 
     def __init__(self, link: Link, job: Evaluate, half: Half) -> None:
         self.link, self.job, self.half = link, job, half
+        self.account = Account(link.spans, half.device)
 
     def begin(self) -> None:
-        self.link.fetch(self.job.lease, self.job.base, self.half.weighs)
+        self.link.fetch(self.job.lease, self.job.base, self.half.needs(self.job.base.digest, training=False))
 
     def fetched(self, event: Fetched) -> None:
-        self.half.load(event.tensors)
+        self.half.load(self.job.base.digest, event.tensors)
         self.half.part.eval()
         self.link.report(Held(lease=self.job.lease, state="ready"))
 
@@ -174,9 +212,10 @@ class Evaluating:
         if not isinstance(message, TensorsMessage):
             raise RemoteProtocolError(f"Client {self.job.client} sent {type(message).__name__} in an evaluation")
         smashed, labels = pair(event.tensors, self.half.device)
-        outputs = self.half.part(smashed)
-        check_labels(event.tensors["labels"], outputs)
-        scores = score(outputs, labels)
+        with self.account.computing("evaluate", message.step):
+            outputs = self.half.part(smashed)
+            check_labels(event.tensors["labels"], outputs)
+            scores = score(outputs, labels)
         self.link.send_tensors(self.job.lease, "eval", message.step, message.micro, 1, [], scores)
 
 

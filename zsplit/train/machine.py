@@ -1,5 +1,6 @@
 """This machine: device, threads, and what bit-identical results depend on."""
 
+import os
 import socket
 
 import torch
@@ -46,4 +47,5 @@ def describe(device: torch.device, cut: str, train: int = 0, validation: int = 0
         threads=torch.get_num_threads(),
         device=str(device),
         host=socket.gethostname(),
+        cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
     )

@@ -10,11 +10,11 @@ import time
 from zsplit.config import Config
 from zsplit.errors import RunFailedError
 from zsplit.train.half import Half, Workshop
-from zsplit.train.jobs import Evaluating, Handler, Initialising, Merging, Training
+from zsplit.train.jobs import Evaluating, Handler, Initialising, Measuring, Merging, Training
 from zsplit.train.link import Incoming, Link
 from zsplit.train.machine import describe
 from zsplit.train.shelf import Fetched
-from zsplit.wire.messages import Evaluate, Finish, Init, Job, Lease, Merge, Orders, Turn
+from zsplit.wire.messages import Evaluate, Finish, Init, Job, Lease, Measure, Merge, Orders, Turn
 from zsplit.wire.messages import Tensors as TensorsMessage
 
 TELEMETRY_SECONDS = 0.25
@@ -71,15 +71,20 @@ class Server:
             case Init():
                 return Initialising(self.link, job, self.workshop)
             case Merge():
-                return Merging(self.link, job)
+                return Merging(self.link, job, self.workshop.device)
+            case Measure():
+                return Measuring(self.link, job, self.config, self.workshop)
             case Turn():
-                return Training(self.link, job, self.config, self._half(job.plan.cut))
+                return Training(self.link, job, self.config, self._half(job))
             case Evaluate():
-                return Evaluating(self.link, job, self._half(job.plan.cut))
+                return Evaluating(self.link, job, self._half(job))
 
-    def _half(self, cut: str) -> Half:
-        spare = self.spare.get(cut)
-        return spare.pop() if spare else self.workshop.back(cut)
+    def _half(self, job: Turn | Evaluate) -> Half:
+        """Return a back for the job, if possible one that has its version's weights already."""
+        spare = self.spare.setdefault(job.plan.cut, [])
+        if not spare:
+            return self.workshop.back(job.plan.cut)
+        return spare.pop(next((i for i, half in enumerate(spare) if half.version == job.base.digest), -1))
 
     def _drop(self, handler: Handler) -> None:
         """Keep the back of a job that is over for the next one at the same cut."""

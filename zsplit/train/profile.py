@@ -1,0 +1,220 @@
+"""What this peer takes for each stretch of the model: measured as training runs it, in bounded time."""
+
+import time
+from collections.abc import Callable, Sequence
+from statistics import mean, median
+from typing import Literal, NamedTuple
+
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from zsplit.config import Config
+from zsplit.train.chain import Chain, OutOfMemory, room
+from zsplit.train.half import Workshop
+from zsplit.train.overhead import batch_seconds, message_seconds
+from zsplit.train.witness import Witness
+from zsplit.wire.messages import Profile, Stretch
+
+SLICES = (1, 2, 4, 8, 16, 32)
+"""Numbers of micro-batches whose slices are measured."""
+
+TOGETHER = 3
+"""Slices of a mini-batch that are measured one after the other, where there are so many."""
+
+
+def measure(
+    workshop: Workshop,
+    config: Config,
+    load: Callable[[], object] | None = None,
+    role: Literal["client", "server"] = "client",
+    clock: Callable[[], float] = time.monotonic,
+) -> Profile:
+    """Return what every stretch of the model costs this peer, with the threads that torch has now.
+
+    Forward and backward run as in training and in train mode, on a copy of the model: weights, buffers and random
+    generators stay as they are. Seconds are medians over `plan.profile_steps` repetitions, all sizes in turn in each
+    of them, after a warm-up. It takes about `plan.profile_seconds`; where that is too short, repetitions are left out
+    first, then sizes in the middle. Largest and smallest size are measured at least once. `load` loads a mini-batch.
+    `up` and `down` are without labels and headers.
+
+    Where the memory is not enough, the profile holds what fits and `note` says so. All micro-batches of a client may
+    be in flight, so a client needs room for the whole mini-batch: stretches for which there is none are missing from
+    the end. A server has one slice at a time: sizes that do not fit are missing, and no slice may be larger.
+    """
+    until = clock() + config.plan.profile_seconds
+    batch_norm = has_batch_norm(workshop)
+    witness = Witness(workshop.traced.cuts, config.codec)
+    sizes = wanted = slice_sizes(config, batch_norm)
+    stretches: list[Stretch] = []
+    try:
+        with room():
+            survey = Survey(Chain(workshop, config), config, witness, clock, until)
+        sizes, stretches = survey.take(wanted, whole=role == "server")
+    except OutOfMemory:
+        pass  # nothing fits
+    cuts = tuple(cut.name for cut in workshop.traced.cuts)
+    return Profile(
+        cuts=cuts,
+        up=tuple(witness.up),
+        down=tuple(witness.down),
+        sizes=tuple(sizes),
+        stretches=tuple(stretches),
+        batch_seconds=batch_seconds(load) if load is not None else 0.0,
+        message_seconds=message_seconds(),
+        batch_norm=batch_norm,
+        note=note(cuts, len(stretches), sizes[-1] if sizes[-1] < wanted[-1] else None),
+    )
+
+
+def slice_sizes(config: Config, batch_norm: bool) -> list[int]:
+    """Return the sizes of slices that are to be measured, ascending: of 1 to 32 slices, and of `micro_batches`.
+
+    A slice of one sample is left out under BatchNorm, which needs two values for each channel.
+    """
+    batch = config.train.batch_size
+    sizes = {batch // count for count in SLICES if count <= batch} | fixed_sizes(config)
+    return sorted(sizes - {1} if batch_norm and batch > 1 else sizes)
+
+
+def fixed_sizes(config: Config) -> set[int]:
+    """Return the sizes of the slices that the config asks for, if it does."""
+    batch, micros = config.train.batch_size, config.train.micro_batches
+    return {batch // micros, -(-batch // micros)} if isinstance(micros, int) else set()
+
+
+def has_batch_norm(workshop: Workshop) -> bool:
+    """Whether the model has BatchNorm: then the size of a slice matters to what is learnt."""
+    return any(isinstance(module, _BatchNorm) for module in workshop.model.modules())
+
+
+def note(cuts: Sequence[str], depth: int, largest: int | None) -> str:
+    """Return what a profile says about memory: `depth` stretches fit, slices of `largest` samples at most."""
+    sentences: list[str] = []
+    if depth == 0:
+        sentences.append("Out of memory before the first cut: no cut is left.")
+    elif depth <= len(cuts):
+        sentences.append(
+            f"Out of memory: '{cuts[depth - 1]}' is the last cut whose front fits, later cuts are excluded."
+        )
+    if depth and largest is not None:
+        sentences.append(f"Out of memory: slices of more than {largest} samples do not fit.")
+    return " ".join(sentences)
+
+
+class Slices(NamedTuple):
+    """Slices of one size in one mini-batch, the first `len(forward)` of `total`: seconds by slice and stretch."""
+
+    total: int
+    forward: list[list[float]]
+    backward: list[list[float]]
+
+    def means(self, measured: list[list[float]], stretch: int) -> float:
+        """Return the seconds of a stretch, averaged over all slices of the mini-batch.
+
+        The first slice is unlike the others: it finds the caches cold, and no gradients to add its own to.
+        """
+        first, *others = (slice[stretch] for slice in measured)
+        return (first + (self.total - 1) * mean(others)) / self.total if others else first
+
+
+class Repetition(NamedTuple):
+    """What every stretch took once: at each size, and in the optimizer's step."""
+
+    slices: dict[int, Slices]
+    step: list[float]
+    seconds: float
+
+
+class Survey:
+    """Measures a chain. `clock` is read to stop at `until`."""
+
+    def __init__(
+        self, chain: Chain, config: Config, witness: Witness, clock: Callable[[], float], until: float
+    ) -> None:
+        self._chain, self._config, self._witness = chain, config, witness
+        self._clock, self._until = clock, until
+        self._batch = config.train.batch_size
+        self._depth = len(chain.parts)
+
+    def take(self, sizes: Sequence[int], whole: bool) -> tuple[list[int], list[Stretch]]:
+        """Return the sizes that were measured and the figures of the stretches that fit.
+
+        If the `whole` chain has to fit, it does so for the sizes that are returned. Raises OutOfMemory where there is
+        not enough memory for anything.
+        """
+        sizes, cold = self._fit(sizes, whole)
+        chosen = self._warm(sizes, cold)
+        done: list[Repetition] = []
+        while len(done) < max(1, self._config.plan.profile_steps) and (not done or done[-1].seconds < self._left()):
+            done.append(self._repeat(chosen))
+        return chosen, [self._figures(i, chosen, done) for i in range(self._depth)]
+
+    def _left(self) -> float:
+        return self._until - self._clock()
+
+    def _fit(self, sizes: Sequence[int], whole: bool) -> tuple[list[int], float]:
+        """Return the sizes that there is memory for, and the seconds that the largest of them took."""
+        for size in reversed(sizes):
+            self._depth = len(self._chain.parts)
+            while self._depth:
+                began = self._clock()
+                try:
+                    self._try(size)
+                except OutOfMemory as error:
+                    self._depth = min(error.fits, self._depth - 1) if not whole else 0
+                    continue
+                return [each for each in sizes if each <= size], self._clock() - began
+        raise OutOfMemory(0)
+
+    def _try(self, size: int) -> None:
+        """Run a slice as deep as is hoped for, optimizer included, and see what it leaves in memory."""
+        self._witness.begin(size, [t for i in range(self._depth) for t in self._chain.tensors(i)])
+        self._chain.begin(1)
+        self._chain.backward(self._chain.forward(self._chain.batch(size), self._depth, self._witness))
+        self._chain.step(self._depth)
+
+    def _warm(self, sizes: Sequence[int], cold: float) -> list[int]:
+        """Run sizes for the first time, the largest excepted; return those that there is time for, ascending.
+
+        `cold` are the seconds of the largest.
+        """
+        smallest, largest = sizes[0], sizes[-1]
+        asked = fixed_sizes(self._config)
+        chosen = {largest}
+        for size in sorted(sizes[:-1], key=lambda each: (each != smallest, each not in asked, each)):
+            samples = sum(each * self._together(each) for each in (*chosen, size, size))
+            if size == smallest or cold * samples / largest < self._left():
+                self._measure(size)
+                chosen.add(size)
+        return sorted(chosen)
+
+    def _repeat(self, sizes: Sequence[int]) -> Repetition:
+        began = self._clock()
+        slices = {size: self._measure(size) for size in sizes}
+        return Repetition(slices, self._chain.step(self._depth), self._clock() - began)
+
+    def _measure(self, size: int) -> Slices:
+        """Run the first slices of this size: all forward, then all backward, as a client does."""
+        count = self._count(size)
+        self._chain.begin(count)
+        samples = self._chain.batch(size)
+        flights = [self._chain.forward(samples, self._depth) for _ in range(self._together(size))]
+        taken = [self._chain.backward(flight) for flight in flights]
+        return Slices(count, [forward for forward, _ in taken], [backward for _, backward in taken])
+
+    def _count(self, size: int) -> int:
+        """Return how many slices of this size a mini-batch has."""
+        return max(1, round(self._batch / size))
+
+    def _together(self, size: int) -> int:
+        """Return how many of them are measured at a time."""
+        return min(self._count(size), TOGETHER)
+
+    def _figures(self, stretch: int, sizes: Sequence[int], done: Sequence[Repetition]) -> Stretch:
+        slices = [[each.slices[size] for each in done] for size in sizes]
+        return Stretch(
+            forward=tuple(median(one.means(one.forward, stretch) for one in same) for same in slices),
+            backward=tuple(median(one.means(one.backward, stretch) for one in same) for same in slices),
+            step=median(each.step[stretch] for each in done),
+            saved=self._witness.saved[stretch],
+            weights=sum(tensor.nbytes for tensor in self._chain.tensors(stretch)),
+        )
