@@ -7,13 +7,15 @@ from contextlib import contextmanager
 import torch
 
 from zsplit.train.spans import Recorder
+from zsplit.wire.messages import Lease
 
 
 class Account:
     """Seconds of one job: `busy` in forward, backward and step, `idle` in waiting for the other side."""
 
-    def __init__(self, spans: Recorder, device: torch.device) -> None:
+    def __init__(self, spans: Recorder, device: torch.device, lease: Lease | None = None) -> None:
         self.spans = spans
+        self.lease = lease
         self.busy = 0.0
         self.idle = 0.0
         # Kernels run behind the program's back on a GPU: only after this is their time known.
@@ -28,7 +30,7 @@ class Account:
             self._finish()
         ended = time.monotonic()
         self.busy += ended - began
-        self.spans.add("compute", name, began, ended, step, micro)
+        self.spans.add("compute", name, began, ended, step, micro, self.lease)
 
     @contextmanager
     def waiting(self, name: str = "wait", step: int = -1, micro: int = -1) -> Iterator[None]:
@@ -37,4 +39,4 @@ class Account:
         yield
         ended = time.monotonic()
         self.idle += ended - began
-        self.spans.add("compute", name, began, ended, step, micro)
+        self.spans.add("compute", name, began, ended, step, micro, self.lease)

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from copy import deepcopy
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +26,13 @@ class OutOfMemory(Exception):  # noqa: N818  (it says how far things went)
     def __init__(self, fits: int) -> None:
         super().__init__(f"there was room for {fits} stretches")
         self.fits = fits
+
+
+class Seconds(NamedTuple):
+    """What a slice took in each stretch."""
+
+    forward: list[float]
+    backward: list[float]
 
 
 class Flight:
@@ -87,8 +94,8 @@ class Chain:
         flight.output = x
         return flight
 
-    def backward(self, flight: Flight) -> tuple[list[float], list[float]]:
-        """Take a slice back; return the seconds of each stretch, forward and backward.
+    def backward(self, flight: Flight) -> Seconds:
+        """Take a slice back; return what all of it took.
 
         Gradients add up to those that are there. Raises OutOfMemory.
         """
@@ -100,7 +107,7 @@ class Chain:
                 torch.autograd.backward(output, gradient)
             end = self._now()
         moments = [begin, *(flight.entered.get(i, end) for i in range(depth - 1, 0, -1)), end]
-        return self._seconds(flight.forward), self._seconds(list(pairwise(moments)))[::-1]
+        return Seconds(self._seconds(flight.forward), self._seconds(list(pairwise(moments)))[::-1])
 
     def step(self, depth: int) -> list[float]:
         """Step the optimizer and forget the gradients; return the seconds of each stretch. Raises OutOfMemory."""

@@ -11,6 +11,7 @@ import zmq
 from zsplit.greeting import parse_address
 from zsplit.train.shaping import Line, Passage, Rates, Way
 from zsplit.wire.frames import MAX_CONTROL, MAX_FRAMES
+from zsplit.wire.messages import Lease
 from zsplit.wire.wake import Wake
 
 Socket = zmq.Socket[bytes]
@@ -30,6 +31,7 @@ class Parcel(NamedTuple):
     step: int = -1
     micro: int = -1
     ready: float = 0.0
+    lease: Lease | None = None
 
 
 class Received(NamedTuple):

@@ -71,7 +71,7 @@ class Exchange:
         nbytes = sum(buffer.nbytes for buffer in buffers)
         if isinstance(message, TensorsMessage) and "left" in message.scalars:
             begin = self._count(message, nbytes, arrived)
-            self._spans.add("down", "receive", begin, arrived, message.step, message.micro)
+            self._spans.add("down", "receive", begin, arrived, message.step, message.micro, message.lease)
         here = nbytes < SMALL and (isinstance(message, Step) or all(meta.codec == "raw" for meta in message.tensors))
         self._decoding.do(partial(self._decode, message, buffers, arrived), here)
 
@@ -88,7 +88,7 @@ class Exchange:
     def _encode(self, message: TensorsMessage | Step, tensors: Sequence[Tagged]) -> None:
         frames: list[memoryview] = []
         if isinstance(message, TensorsMessage) and tensors:
-            with self._spans.span("up", "encode", message.step, message.micro):
+            with self._spans.span("up", "encode", message.step, message.micro, message.lease):
                 encoded = [encode(what, tensor, codec) for what, tensor, codec in tensors]
             frames = [frame for _, frame in encoded]
             message = msgspec.structs.replace(message, tensors=tuple(meta for meta, _ in encoded))
@@ -97,6 +97,6 @@ class Exchange:
     def _decode(self, message: TensorsMessage | Step, buffers: list[memoryview], arrived: float) -> None:
         tensors: dict[str, Tensor] = {}
         if isinstance(message, TensorsMessage) and buffers:
-            with self._spans.span("down", "decode", message.step, message.micro):
+            with self._spans.span("down", "decode", message.step, message.micro, message.lease):
                 tensors = {m.what: decode(m, buffer) for m, buffer in zip(message.tensors, buffers, strict=True)}
         self._deliver(Incoming(message, tensors, arrived))

@@ -90,7 +90,7 @@ class Merging:
     """Contributions to a version. The base is asked for as well: it has what peers keep for themselves."""
 
     def __init__(self, link: Link, job: Merge, device: torch.device) -> None:
-        self.link, self.job, self.account = link, job, Account(link.spans, device)
+        self.link, self.job, self.account = link, job, Account(link.spans, device, job.lease)
         self.refs = [job.base, *(ref for c in job.inputs for ref in (c.front, c.back))]
         self.states: dict[str, Tensors] = {}
 
@@ -119,7 +119,7 @@ class Training:
     def __init__(self, link: Link, job: Turn, config: Config, half: Half) -> None:
         self.link, self.job, self.config, self.half = link, job, config, half
         self.half.keep_for(None if config.schedule.policy == "round_robin" else job.client)
-        self.account = Account(link.spans, half.device)
+        self.account = Account(link.spans, half.device, job.lease)
         self.at = (job.first, 0)
         self.samples = 0
 
@@ -196,7 +196,7 @@ class Evaluating:
 
     def __init__(self, link: Link, job: Evaluate, half: Half) -> None:
         self.link, self.job, self.half = link, job, half
-        self.account = Account(link.spans, half.device)
+        self.account = Account(link.spans, half.device, job.lease)
 
     def begin(self) -> None:
         self.link.fetch(self.job.lease, self.job.base, self.half.needs(self.job.base.digest, training=False))

@@ -2,17 +2,20 @@
 
 import time
 from collections.abc import Callable, Sequence
-from statistics import mean, median
+from statistics import median
 from typing import Literal, NamedTuple
 
+from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from zsplit.config import Config
-from zsplit.train.chain import Chain, OutOfMemory, room
+from zsplit.train.chain import Chain, Flight, OutOfMemory, Seconds, room
 from zsplit.train.half import Workshop
 from zsplit.train.overhead import batch_seconds, message_seconds
 from zsplit.train.witness import Witness
 from zsplit.wire.messages import Profile, Stretch
+
+Peer = Literal["client", "server"]
 
 SLICES = (1, 2, 4, 8, 16, 32)
 """Numbers of micro-batches whose slices are measured."""
@@ -25,7 +28,7 @@ def measure(
     workshop: Workshop,
     config: Config,
     load: Callable[[], object] | None = None,
-    role: Literal["client", "server"] = "client",
+    role: Peer = "client",
     clock: Callable[[], float] = time.monotonic,
 ) -> Profile:
     """Return what every stretch of the model costs this peer, with the threads that torch has now.
@@ -47,8 +50,8 @@ def measure(
     stretches: list[Stretch] = []
     try:
         with room():
-            survey = Survey(Chain(workshop, config), config, witness, clock, until)
-        sizes, stretches = survey.take(wanted, whole=role == "server")
+            survey = Survey(Chain(workshop, config), config, role, clock, until)
+        sizes, stretches = survey.take(wanted, witness)
     except OutOfMemory:
         pass  # nothing fits
     cuts = tuple(cut.name for cut in workshop.traced.cuts)
@@ -100,76 +103,63 @@ def note(cuts: Sequence[str], depth: int, largest: int | None) -> str:
     return " ".join(sentences)
 
 
-class Slices(NamedTuple):
-    """Slices of one size in one mini-batch, the first `len(forward)` of `total`: seconds by slice and stretch."""
-
-    total: int
-    forward: list[list[float]]
-    backward: list[list[float]]
-
-    def means(self, measured: list[list[float]], stretch: int) -> float:
-        """Return the seconds of a stretch, averaged over all slices of the mini-batch.
-
-        The first slice is unlike the others: it finds the caches cold, and no gradients to add its own to.
-        """
-        first, *others = (slice[stretch] for slice in measured)
-        return (first + (self.total - 1) * mean(others)) / self.total if others else first
-
-
 class Repetition(NamedTuple):
-    """What every stretch took once: at each size, and in the optimizer's step."""
+    """What every stretch took in one mini-batch's first slices of each size, and in the optimizer's step."""
 
-    slices: dict[int, Slices]
+    slices: dict[int, list[Seconds]]
     step: list[float]
-    seconds: float
 
 
 class Survey:
-    """Measures a chain. `clock` is read to stop at `until`."""
+    """Measures a chain as a peer of this role runs it. `clock` is read to stop at `until`."""
 
-    def __init__(
-        self, chain: Chain, config: Config, witness: Witness, clock: Callable[[], float], until: float
-    ) -> None:
-        self._chain, self._config, self._witness = chain, config, witness
+    def __init__(self, chain: Chain, config: Config, role: Peer, clock: Callable[[], float], until: float) -> None:
+        self._chain, self._config, self._role = chain, config, role
         self._clock, self._until = clock, until
         self._batch = config.train.batch_size
         self._depth = len(chain.parts)
 
-    def take(self, sizes: Sequence[int], whole: bool) -> tuple[list[int], list[Stretch]]:
+    def take(self, sizes: Sequence[int], witness: Witness) -> tuple[list[int], list[Stretch]]:
         """Return the sizes that were measured and the figures of the stretches that fit.
 
-        If the `whole` chain has to fit, it does so for the sizes that are returned. Raises OutOfMemory where there is
-        not enough memory for anything.
+        Raises OutOfMemory where there is not enough memory for anything.
         """
-        sizes, cold = self._fit(sizes, whole)
-        chosen = self._warm(sizes, cold)
-        done: list[Repetition] = []
-        while len(done) < max(1, self._config.plan.profile_steps) and (not done or done[-1].seconds < self._left()):
-            done.append(self._repeat(chosen))
-        return chosen, [self._figures(i, chosen, done) for i in range(self._depth)]
+        limit = self._depth
+        while True:
+            sizes, cold = self._fit(sizes, limit, witness)
+            try:
+                chosen = self._warm(sizes, cold)
+                done = self._repeat(chosen)
+            except OutOfMemory:  # there was room for one slice, but not for several
+                sizes, limit = (sizes[:-1], limit) if self._role == "server" else (sizes, self._depth - 1)
+                continue
+            return chosen, [self._figures(i, chosen, done, witness.saved[i]) for i in range(self._depth)]
 
     def _left(self) -> float:
         return self._until - self._clock()
 
-    def _fit(self, sizes: Sequence[int], whole: bool) -> tuple[list[int], float]:
-        """Return the sizes that there is memory for, and the seconds that the largest of them took."""
+    def _fit(self, sizes: Sequence[int], limit: int, witness: Witness) -> tuple[list[int], float]:
+        """Return the sizes that there is memory for, and the seconds that the largest of them took.
+
+        At most `limit` stretches of the chain are run: a server needs them all, a client those that fit.
+        """
         for size in reversed(sizes):
-            self._depth = len(self._chain.parts)
+            self._depth = limit
             while self._depth:
                 began = self._clock()
                 try:
-                    self._try(size)
+                    self._try(size, witness)
                 except OutOfMemory as error:
-                    self._depth = min(error.fits, self._depth - 1) if not whole else 0
-                    continue
-                return [each for each in sizes if each <= size], self._clock() - began
+                    self._depth = 0 if self._role == "server" else min(error.fits, self._depth - 1)
+                else:
+                    return [each for each in sizes if each <= size], self._clock() - began
         raise OutOfMemory(0)
 
-    def _try(self, size: int) -> None:
+    def _try(self, size: int, witness: Witness) -> None:
         """Run a slice as deep as is hoped for, optimizer included, and see what it leaves in memory."""
-        self._witness.begin(size, [t for i in range(self._depth) for t in self._chain.tensors(i)])
+        witness.begin(size, [tensor for i in range(self._depth) for tensor in self._chain.tensors(i)])
         self._chain.begin(1)
-        self._chain.backward(self._chain.forward(self._chain.batch(size), self._depth, self._witness))
+        self._chain.backward(self._chain.forward(self._chain.batch(size), self._depth, witness))
         self._chain.step(self._depth)
 
     def _warm(self, sizes: Sequence[int], cold: float) -> list[int]:
@@ -187,19 +177,25 @@ class Survey:
                 chosen.add(size)
         return sorted(chosen)
 
-    def _repeat(self, sizes: Sequence[int]) -> Repetition:
-        began = self._clock()
-        slices = {size: self._measure(size) for size in sizes}
-        return Repetition(slices, self._chain.step(self._depth), self._clock() - began)
+    def _repeat(self, sizes: Sequence[int]) -> list[Repetition]:
+        done: list[Repetition] = []
+        took = 0.0
+        while len(done) < max(1, self._config.plan.profile_steps) and (not done or took < self._left()):
+            began = self._clock()
+            done.append(Repetition({size: self._measure(size) for size in sizes}, self._chain.step(self._depth)))
+            took = self._clock() - began
+        return done
 
-    def _measure(self, size: int) -> Slices:
-        """Run the first slices of this size: all forward, then all backward, as a client does."""
-        count = self._count(size)
-        self._chain.begin(count)
-        samples = self._chain.batch(size)
-        flights = [self._chain.forward(samples, self._depth) for _ in range(self._together(size))]
-        taken = [self._chain.backward(flight) for flight in flights]
-        return Slices(count, [forward for forward, _ in taken], [backward for _, backward in taken])
+    def _measure(self, size: int) -> list[Seconds]:
+        """Run the first slices of this size: a client all forward, then all backward, a server one after the other."""
+        samples, together = self._chain.batch(size), range(self._together(size))
+        self._chain.begin(self._count(size))
+        if self._role == "server":
+            return [self._chain.backward(self._forward(samples)) for _ in together]
+        return [self._chain.backward(flight) for flight in [self._forward(samples) for _ in together]]
+
+    def _forward(self, samples: Tensor) -> Flight:
+        return self._chain.forward(samples, self._depth)
 
     def _count(self, size: int) -> int:
         """Return how many slices of this size a mini-batch has."""
@@ -209,12 +205,25 @@ class Survey:
         """Return how many of them are measured at a time."""
         return min(self._count(size), TOGETHER)
 
-    def _figures(self, stretch: int, sizes: Sequence[int], done: Sequence[Repetition]) -> Stretch:
-        slices = [[each.slices[size] for each in done] for size in sizes]
+    def _figures(self, stretch: int, sizes: Sequence[int], done: Sequence[Repetition], saved: float) -> Stretch:
+        slices = {size: [each.slices[size] for each in done] for size in sizes}
         return Stretch(
-            forward=tuple(median(one.means(one.forward, stretch) for one in same) for same in slices),
-            backward=tuple(median(one.means(one.backward, stretch) for one in same) for same in slices),
+            forward=tuple(
+                self._mean(size, [[s.forward[stretch] for s in one] for one in slices[size]]) for size in sizes
+            ),
+            backward=tuple(
+                self._mean(size, [[s.backward[stretch] for s in one] for one in slices[size]]) for size in sizes
+            ),
             step=median(each.step[stretch] for each in done),
-            saved=self._witness.saved[stretch],
+            saved=saved,
             weights=sum(tensor.nbytes for tensor in self._chain.tensors(stretch)),
         )
+
+    def _mean(self, size: int, measured: list[list[float]]) -> float:
+        """Return what a slice takes, averaged over a mini-batch, from the seconds of its first ones in each repetition.
+
+        The very first is unlike the others: it finds the caches cold, and no gradients to add its own to.
+        """
+        first = median(one[0] for one in measured)
+        others = [seconds for one in measured for seconds in one[1:]]
+        return first + (median(others) - first) * (1 - 1 / self._count(size)) if others else first

@@ -26,6 +26,8 @@ from zsplit.wire.messages import (
     ControlMessage,
     Detached,
     Hello,
+    Init,
+    Merge,
     Orders,
     Pull,
     Refused,
@@ -80,6 +82,7 @@ class Session:
         self._messages: deque[ControlMessage] = deque()
         self._telemetry = Telemetry(session=self._session)
         self._attached = False
+        self._sent = 0.0
         self._revision = 0
         self._beat_due = self._attach_due = self._spans_due = 0.0
         self._heard = time.monotonic()
@@ -189,6 +192,8 @@ class Session:
     def _obey(self, orders: Orders) -> None:
         """Forget what the broker no longer lists, and pass the orders on."""
         self.standing.obey(orders)
+        if self._hello.role == "server":
+            self.spans.clients = {job.lease: job.client for job in orders.jobs if not isinstance(job, Init | Merge)}
         self.exchange.flows.keep({job.lease for job in orders.jobs})
         self._tell(orders)
 
@@ -245,7 +250,8 @@ class Session:
                 self._connection.send(self._stamped(self._outbox.popleft()))
         for parcel in self._connection.release():
             if parcel.ready:
-                self.spans.add("up", "send", parcel.ready, time.monotonic(), parcel.step, parcel.micro)
+                begin, self._sent = max(parcel.ready, self._sent), time.monotonic()
+                self.spans.add("up", "send", begin, self._sent, parcel.step, parcel.micro, parcel.lease)
 
     def _stamped(self, outgoing: Outgoing) -> Parcel:
         """Return the message as it leaves; tensors say when that was, on the broker's clock."""
@@ -254,7 +260,7 @@ class Session:
             return Parcel(encode(message), frames)
         scalars = {**message.scalars, "left": self.clock.now()}
         header = encode(msgspec.structs.replace(message, scalars=scalars))
-        return Parcel(header, frames, message.step, message.micro, ready)
+        return Parcel(header, frames, message.step, message.micro, ready, message.lease)
 
     def _pull(self, transfer: Transfer, offset: int, length: int, what: What) -> Pull:
         ref = transfer.ref

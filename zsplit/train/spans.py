@@ -2,12 +2,12 @@
 
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Literal
 
 from zsplit.train.clock import Clock
-from zsplit.wire.messages import Span
+from zsplit.wire.messages import Lease, Span
 
 Lane = Literal["compute", "up", "down"]
 
@@ -23,24 +23,35 @@ class Recorder:
 
     def __init__(self, on: bool) -> None:
         self.on = on
+        self.clients: Mapping[Lease, int] = {}  # whose leases they are: a server works for several clients
         self._spans: deque[Span] = deque(maxlen=KEPT)  # its methods are atomic
 
-    def add(self, lane: Lane, name: str, begin: float, end: float, step: int = -1, micro: int = -1) -> None:
-        """Keep a span."""
+    def add(
+        self,
+        lane: Lane,
+        name: str,
+        begin: float,
+        end: float,
+        step: int = -1,
+        micro: int = -1,
+        lease: Lease | None = None,
+    ) -> None:
+        """Keep a span of a lease's job."""
         if self.on:
-            self._spans.append(Span(lane, name, begin, max(0.0, end - begin), step, micro))
+            client = self.clients.get(lease, -1) if lease else -1
+            self._spans.append(Span(lane, name, begin, max(0.0, end - begin), step, micro, client))
 
-    def span(self, lane: Lane, name: str, step: int = -1, micro: int = -1) -> AbstractContextManager[None]:
+    def span(self, lane: Lane, name: str, step: int, micro: int, lease: Lease) -> AbstractContextManager[None]:
         """Keep what is done inside as a span."""
-        return self._timed(lane, name, step, micro) if self.on else nullcontext()
+        return self._timed(lane, name, step, micro, lease) if self.on else nullcontext()
 
     @contextmanager
-    def _timed(self, lane: Lane, name: str, step: int, micro: int) -> Iterator[None]:
+    def _timed(self, lane: Lane, name: str, step: int, micro: int, lease: Lease) -> Iterator[None]:
         begin = time.monotonic()
         try:
             yield
         finally:
-            self.add(lane, name, begin, time.monotonic(), step, micro)
+            self.add(lane, name, begin, time.monotonic(), step, micro, lease)
 
     def drain(self, clock: Clock) -> tuple[Span, ...]:
         """Return the oldest spans by the broker's clock, `BATCH` at most, and forget them. One thread drains."""
