@@ -10,7 +10,8 @@ import click
 
 from zsplit.config import keys, load_config
 from zsplit.errors import ConfigError, RunFailedError, ZsplitError
-from zsplit_broker.__main__ import broker
+from zsplit.planning_cli import plan, profile
+from zsplit_broker.__main__ import broker, with_plan
 
 if TYPE_CHECKING:
     from zsplit.launch import Place, Result
@@ -45,24 +46,36 @@ def cli(debug: bool) -> None:
 
 
 cli.add_command(broker, "broker")
+cli.add_command(plan)
+cli.add_command(profile)
 
 
 @cli.command()
 @config_argument
 @set_option
+@click.option("--plan", default="", metavar="FILE", help="Use the plan.json of an earlier run again (plan.file).")
 @click.option("--out", help="The run's folder; it must not exist yet.  [default: runs/NAME-N]")
 @click.option("--no-monitor", is_flag=True, help="Plain lines in the place of the live screen.")
 @device_option
 @json_option
 def run(
-    config: Path | None, overrides: tuple[str, ...], out: str | None, no_monitor: bool, device: str, as_json: bool
+    config: Path | None,
+    overrides: tuple[str, ...],
+    plan: str,
+    out: str | None,
+    no_monitor: bool,
+    device: str,
+    as_json: bool,
 ) -> None:
     """Train on this machine: start a broker, a server and all clients of CONFIG (none: the digits demo)."""
     from zsplit.launch import Interrupted, run_here
 
     try:
         result = run_here(
-            load_config(config, overrides), out, device=device, watch=_watcher(no_monitor or as_json, as_json)
+            load_config(config, with_plan(overrides, plan)),
+            out,
+            device=device,
+            watch=_watcher(no_monitor or as_json, as_json),
         )
     except Interrupted as stopped:
         result = stopped.result
@@ -134,6 +147,31 @@ def cuts(model: str, shape: str | None, num_classes: int, as_json: bool) -> None
         click.echo(json.dumps([_cut_fields(point) for point in points], indent=2))
     else:
         _print_cuts(model, sizes, points)
+
+
+@cli.command()
+@click.argument("run", type=click.Path(path_type=Path))
+@click.option("--from", "begin", type=float, metavar="SECONDS", help="Where the stretch begins, since the run did.")
+@click.option("--to", "end", type=float, metavar="SECONDS", help="Where it ends.")
+@click.option("--round", "number", type=click.IntRange(min=1), help="A whole round, or the one of --step.")
+@click.option("--step", type=click.IntRange(min=0), help="One step.  [default: the last three]")
+@click.option("--svg", type=click.Path(path_type=Path), metavar="FILE", help="Draw it as a picture.")
+@json_option
+def timeline(
+    run: Path,
+    begin: float | None,
+    end: float | None,
+    number: int | None,
+    step: int | None,
+    svg: Path | None,
+    as_json: bool,
+) -> None:
+    """Show when each peer of RUN computed, sent and waited. The run has to have run.timeline=true."""
+    from rich.console import Console
+
+    from zsplit.monitor.timeline import Wanted, show
+
+    show(run, Wanted(begin, end, number, step), svg, as_json, Console())
 
 
 @cli.command("config")

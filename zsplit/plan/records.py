@@ -1,0 +1,126 @@
+"""What the planner is told, and what it answers."""
+
+from collections.abc import Iterable
+from typing import Literal
+
+import msgspec
+
+from zsplit.wire.messages import LinkSpeed, Plan, Profile
+
+Bottleneck = Literal["client", "uplink", "server", "downlink", "cores"]
+
+
+class Machine(msgspec.Struct, frozen=True):
+    """Where a peer computes: its host's name, the host's cores, the threads of one computation, the device.
+
+    Peers on one host share its cores, or its GPU. An empty name is a host of its own.
+    """
+
+    host: str
+    cores: int
+    threads: int
+    device: str = "cpu"
+
+
+class ClientSite(msgspec.Struct, frozen=True):
+    """A client: its profile, its link, the steps of its round, the samples of its mini-batch, and its server."""
+
+    client: int
+    machine: Machine
+    profile: Profile
+    link: LinkSpeed
+    steps: int
+    batch: int
+    server: int = 0
+
+
+class ServerSite(msgspec.Struct, frozen=True):
+    """A server and its profile."""
+
+    server: int
+    machine: Machine
+    profile: Profile
+
+
+class Limits(msgspec.Struct, frozen=True):
+    """What the config fixes, and what it forbids.
+
+    An empty `cut` and 0 `micro_batches` are free. `window` is the most micro-batches in flight (0: all of the step),
+    `min_cut` the first place that is allowed (empty: any), `client_memory_mb` MiB for training the front (0: any).
+    `slots` is how many buffers the optimizer keeps for each parameter. Places are names or indexes in digits.
+    """
+
+    cut: str = ""
+    micro_batches: int = 0
+    window: int = 0
+    min_cut: str = ""
+    client_memory_mb: float = 0.0
+    slots: int = 0
+    up: str = "raw"
+    down: str = "raw"
+
+
+class Situation(msgspec.Struct, frozen=True):
+    """All that a plan depends on. A run that plans keeps it in its folder as `profile.json`.
+
+    `clients` are those that train in the same round: under `parallel` at once, under `round_robin` one at a time.
+    """
+
+    policy: Literal["parallel", "round_robin"]
+    clients: tuple[ClientSite, ...]
+    servers: tuple[ServerSite, ...]
+    limits: Limits = Limits()
+
+
+class Forecast(msgspec.Struct, frozen=True):
+    """A client's step as predicted, in seconds, and how long in it each resource is busy.
+
+    `server_busy` counts what the server does for all its clients. `bottleneck` is the resource that is busy longest;
+    `cores` are those of a host that client and server share.
+    """
+
+    step_seconds: float
+    client_busy: float
+    uplink_busy: float
+    server_busy: float
+    downlink_busy: float
+    bottleneck: Bottleneck
+
+
+class Candidate(msgspec.Struct, frozen=True):
+    """A cut and a number of micro-batches for some clients that are alike, the others keeping the plan decided on.
+
+    `excluded` says why it was not considered; then it has no forecasts.
+    """
+
+    clients: tuple[int, ...]
+    cut: str
+    micro_batches: int
+    forecasts: dict[int, Forecast] = {}
+    excluded: str = ""
+
+    @property
+    def slowest(self) -> Forecast:
+        """The forecast of the slowest of the clients. Raises ValueError where the candidate was excluded."""
+        return max(self.forecasts.values(), key=lambda forecast: forecast.step_seconds)
+
+
+class Decision(msgspec.Struct, frozen=True):
+    """Each client's plan and predicted step seconds, the ranking (the chosen first), and sentences to know about it."""
+
+    plans: dict[int, Plan]
+    predicted: dict[int, float]
+    ranking: tuple[Candidate, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    def alike(self) -> list[list[int]]:
+        """Return the clients in groups that have the same plan."""
+        groups: dict[Plan, list[int]] = {}
+        for client, plan in self.plans.items():
+            groups.setdefault(plan, []).append(client)
+        return list(groups.values())
+
+    def candidates(self, clients: Iterable[int]) -> list[Candidate]:
+        """Return what was considered for the slowest of these clients and those like it, the chosen one first."""
+        slowest = max(clients, key=lambda client: self.predicted[client])
+        return [candidate for candidate in self.ranking if slowest in candidate.clients]
