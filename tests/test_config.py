@@ -3,13 +3,15 @@
 import subprocess
 import sys
 import tomllib
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from zsplit.config import Config, differences, from_json, keys, load_config, table, to_json, to_toml
+from zsplit.config import Config, differences, from_json, keys, link_of, load_config, table, to_json, to_toml
+from zsplit.config.shape import COLUMNS, ClientShape, Row, read_trace
 from zsplit.errors import ConfigError
 
 ROOT = Path(__file__).parents[1]
@@ -95,6 +97,18 @@ class TestWhatIsRead:
         assert load_config(None, flat) == config
         assert from_json(to_json(config)) == config
 
+    def test_clients_links_are_tables_whose_unset_keys_stay_unset(self, tmp_path: Path) -> None:
+        path = tmp_path / "run.toml"
+        path.write_text('[link]\nrtt_ms = 5\n[[link.client]]\nclients = "1-2"\nuplink_mbps = 3\n')
+        config = load_config(path)
+        assert [(each.uplink_mbps, each.rtt_ms) for each in config.link.client] == [(3.0, None)]
+        path.write_text(to_toml(config))
+        assert load_config(path) == config == from_json(to_json(config))
+
+    def test_clients_links_can_be_set_as_one_key(self) -> None:
+        config = load_config(None, ['link.client=[{clients = "0", rtt_ms = 7}, {clients = "*", trace = "a.csv"}]'])
+        assert [each.clients for each in config.link.client] == ["0", "*"]
+
     def test_differences_names_the_keys_that_differ(self) -> None:
         other = load_config(None, ["train.lr=1", "run.seed=3"])
         assert differences(Config(), other) == ["run.seed", "train.lr"]
@@ -116,7 +130,7 @@ class TestRefusedKeys:
         assert refusal("client.lr=3") == "client.lr is not a key of the config: the nearest is train.lr."
 
     def test_a_key_like_no_other_lists_its_section(self) -> None:
-        assert refusal("plan.depth=3") == "plan.depth is not a key of the config: [plan] has window."
+        assert refusal("codec.zzzzzzzz=3") == "codec.zzzzzzzz is not a key of the config: [codec] has up, down."
 
     def test_a_key_outside_of_all_sections_names_where_it_stands(self, tmp_path: Path) -> None:
         sentence = refusal_of_file(tmp_path, "rounds = 3\n")
@@ -165,6 +179,47 @@ class TestRefusedValues:
             (
                 "schedule.policy=roundrobin",
                 'schedule.policy must be "parallel" or "round_robin", not "roundrobin": the nearest is "round_robin".',
+            ),
+            ("train.micro_batches=0", 'train.micro_batches must be an integer ≥ 1 or "auto", not 0.'),
+            (
+                "train.micro_batches=atuo",
+                'train.micro_batches must be an integer ≥ 1 or "auto", not "atuo": the nearest is "auto".',
+            ),
+            (
+                'train.micro_batches="8"',
+                'train.micro_batches must be an integer ≥ 1 or "auto", not "8": write 8.',
+            ),
+            (
+                "link.client=5",
+                "link.client must be a list of tables with clients, uplink_mbps, downlink_mbps, rtt_ms, trace, not 5.",
+            ),
+            (
+                "link.client=[5]",
+                "link.client must be a list of tables with clients, uplink_mbps, downlink_mbps, rtt_ms, trace, not 5.",
+            ),
+            (
+                'link.client=[{clients = "0", uplink_mbit = 5}]',
+                "uplink_mbit is not a key of [[link.client]]: the nearest is uplink_mbps.",
+            ),
+            (
+                'link.client=[{clients = "0", colour = 5}]',
+                "colour is not a key of [[link.client]]: it has clients, uplink_mbps, downlink_mbps, rtt_ms, trace.",
+            ),
+            (
+                "link.client=[{rtt_ms = 5}]",
+                "A [[link.client]] table lacks clients: give it a list of clients such as `0`, `1-3`, `0,4-6` or `*`.",
+            ),
+            (
+                'link.client=[{clients = "a"}]',
+                'link.client.clients must be a list of clients such as `0`, `1-3`, `0,4-6` or `*`, not "a".',
+            ),
+            (
+                'link.client=[{clients = "0", rtt_ms = -1}]',
+                "link.client.rtt_ms must be a number ≥ 0, not -1.",
+            ),
+            (
+                'link.client=[{clients = "0", rtt_ms = inf}]',
+                "link.client.rtt_ms must be a number ≥ 0, not Infinity.",
             ),
             ("codec.up=rwa", 'codec.up must be "raw", not "rwa": the nearest is "raw".'),
             ("data.partition=iit", 'data.partition must be "iid", not "iit": the nearest is "iid".'),
@@ -231,6 +286,40 @@ class TestRefusedCombinations:
                 "with train.batch_size = 32 the largest is 32.",
             ),
             (
+                ["link.trace=home.csv", "link.downlink_mbps=5"],
+                'link.trace = "home.csv" says the rates over time: leave it out, or uplink_mbps and downlink_mbps.',
+            ),
+            (
+                ['link.client=[{clients = "1", trace = "home.csv", uplink_mbps = 5}]'],
+                'The [[link.client]] table of clients = "1" sets trace, which says the rates over time: '
+                "leave it out, or uplink_mbps and downlink_mbps.",
+            ),
+            (
+                ['link.client=[{clients = "*", rtt_ms = 1}, {clients = "0,2-4"}]'],
+                'The [[link.client]] table of clients = "0,2-4" names client 4: '
+                "with schedule.clients = 4 the last one is 3.",
+            ),
+            (
+                ['link.client=[{clients = "0,3-1"}]'],
+                'The [[link.client]] table of clients = "0,3-1" has a range that ends before it begins: '
+                "write the lower number first.",
+            ),
+            (
+                ["model.cut=auto", "train.micro_batches=auto", "plan.profile_steps=0"],
+                'model.cut = "auto" and train.micro_batches = "auto" cannot be without a measurement: '
+                "set plan.profile_steps above 0, or plan.file to the plan.json of an earlier run.",
+            ),
+            (
+                ["plan.predict=true", "plan.profile_steps=0"],
+                "plan.predict = true cannot be without a measurement: "
+                "set plan.profile_steps above 0, or plan.file to the plan.json of an earlier run.",
+            ),
+            (
+                ["plan.client_memory_mb=64"],
+                "plan.client_memory_mb = 64.0 limits the planner's choice, and there is none: "
+                'set model.cut or train.micro_batches to "auto", or leave it out.',
+            ),
+            (
                 ["broker.port=65534"],
                 "No port is above 65535 (broker.port = 65534, broker.data_port = 65535, "
                 "broker.events_port = 65536): lower broker.port to 65533 or set all.",
@@ -257,6 +346,12 @@ class TestRefusedCombinations:
             ["schedule.clients_per_round=4"],
             ["train.micro_batches=32"],
             ["run.commit_every=2", "schedule.policy=round_robin"],
+            ["link.trace=home.csv", "link.rtt_ms=5"],
+            ["link.trace=home.csv", 'link.client=[{clients = "3", uplink_mbps = 5}]'],
+            ["model.cut=auto", "plan.profile_steps=0", "plan.file=plan.json"],
+            ["train.micro_batches=auto", "plan.client_memory_mb=64"],
+            ["plan.predict=true", "plan.client_memory_mb=64"],
+            ["plan.min_cut=relu1"],
             ["broker.port=65533"],
             ["broker.port=0"],
             ["broker.port=0", "broker.data_port=1"],
@@ -294,6 +389,79 @@ class TestFiles:
     def test_json_with_a_key_of_another_version_names_it(self) -> None:
         with pytest.raises(ConfigError, match=r"train\.warp is not a key of the config"):
             from_json(b'{"train": {"warp": 9}}')
+
+
+def links(*tables: str, **link: object) -> Callable[[int], ClientShape]:
+    """Return the link of each of ten clients."""
+    values = {f"link.{key}": value for key, value in link.items()}
+    config = load_config(None, {"schedule.clients": 10, "link.client": [*map(tomllib.loads, tables)], **values})
+    return lambda client: link_of(config, client)
+
+
+class TestClientsLinks:
+    def test_what_link_says_holds_for_every_client(self) -> None:
+        link = links(uplink_mbps=10, downlink_mbps=25, rtt_ms=20)
+        assert link(0) == link(9) == ClientShape(10.0, 25.0, 20.0, "")
+        assert link(0).rows() == (Row(0.0, 10.0, 25.0),)
+
+    def test_tables_take_its_place_key_by_key_and_the_last_wins(self) -> None:
+        tables = ('clients = "0,4-6"\nuplink_mbps = 1', 'clients = "5"\nuplink_mbps = 0\nrtt_ms = 3')
+        link = links(*tables, uplink_mbps=10, rtt_ms=20)
+        assert [link(client).uplink_mbps for client in range(8)] == [1, 10, 10, 10, 1, 0, 1, 10]
+        assert [link(client).rtt_ms for client in (4, 5)] == [20, 3]
+
+    def test_a_star_is_every_client(self) -> None:
+        assert links('clients = "*"\nrtt_ms = 4')(9).rtt_ms == 4
+
+    def test_rates_of_a_client_end_its_trace_and_a_trace_its_rates(self) -> None:
+        link = links('clients = "1"\ndownlink_mbps = 2', trace="home.csv")
+        assert [link(0).trace, link(1)] == ["home.csv", ClientShape(0.0, 2.0, 0.0, "")]
+        link = links('clients = "1"\ntrace = "home.csv"', uplink_mbps=5, rtt_ms=6)
+        assert link(1) == ClientShape(0.0, 0.0, 6.0, "home.csv")
+
+    @pytest.mark.parametrize(
+        "header", ["", "seconds,uplink_mbps,downlink_mbps\n", "seconds, uplink_mbps, downlink_mbps\n"]
+    )
+    def test_a_trace_is_lines_of_time_and_rates_with_or_without_a_header(self, tmp_path: Path, header: str) -> None:
+        path = tmp_path / "home.csv"
+        path.write_text(header + "0,10,25\n\n 1.5, 0, 1e1 \r\n")
+        rows = links(trace=str(path))(0).rows()
+        assert rows == (Row(0.0, 10.0, 25.0), Row(1.5, 0.0, 10.0))
+
+    @pytest.mark.parametrize(
+        ("text", "sentence"),
+        [
+            ("0,1,1\n5,x,1\n", "Line 2 of link.trace T is '5,x,1': write {}, three numbers of 0 or more."),
+            ("0,1\n", "Line 1 of link.trace T is '0,1': write {}, three numbers of 0 or more."),
+            ("{}\n0,1,1,1\n", "Line 2 of link.trace T is '0,1,1,1': write {}, three numbers of 0 or more."),
+            ("0,-1,1\n", "Line 1 of link.trace T is '0,-1,1': write {}, three numbers of 0 or more."),
+            ("0,nan,1\n", "Line 1 of link.trace T is '0,nan,1': write {}, three numbers of 0 or more."),
+            (
+                "0,1,1\n\n5,1,1\n5,2,2\n",
+                "Line 4 of link.trace T is not later than the one before (5 s after 5 s): "
+                "sort the lines by their time, each time once.",
+            ),
+            ("\n", "link.trace T has no line of {}: write one, or leave link.trace out."),
+            ("{}\n", "link.trace T has no line of {}: write one, or leave link.trace out."),
+        ],
+    )
+    def test_a_trace_that_is_wrong_names_the_line_and_the_way_out(
+        self, tmp_path: Path, text: str, sentence: str
+    ) -> None:
+        path = tmp_path / "home.csv"
+        path.write_text(text.format(COLUMNS))
+        with pytest.raises(ConfigError) as caught:
+            read_trace(str(path))
+        assert str(caught.value).replace(str(path), "T") == sentence.format(COLUMNS)
+
+    def test_a_trace_that_cannot_be_read_says_what_is_needed(self, tmp_path: Path) -> None:
+        with pytest.raises(
+            ConfigError, match=r"none\.csv cannot be read \(No such file or directory\): give each client"
+        ):
+            read_trace(str(tmp_path / "none.csv"))
+        (tmp_path / "bytes.csv").write_bytes(b"\xff\xfe")
+        with pytest.raises(ConfigError, match=r"bytes\.csv cannot be read \(it is not text in UTF-8\)"):
+            read_trace(str(tmp_path / "bytes.csv"))
 
 
 class TestDocs:

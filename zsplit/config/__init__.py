@@ -68,6 +68,8 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
             rules.in_training(self.train),
             rules.in_schedule(self.schedule, self.run),
             rules.in_link(self.link),
+            rules.in_client_links(self.link, self.schedule.clients),
+            rules.in_planning(self.model, self.train, self.plan),
             rules.in_ports(self.broker),
         )
         for sentence in contradictions:
@@ -89,8 +91,7 @@ def load_config(
 
 def to_toml(config: Config) -> str:
     """Return the config as a TOML file of all keys that are set; `load_config` reads back an equal one."""
-    tables = msgspec.to_builtins(config)
-    return tomli_w.dumps({name: _set_keys(content) for name, content in tables.items()})
+    return tomli_w.dumps(_set_keys(msgspec.to_builtins(config)))
 
 
 def to_json(config: Config) -> bytes:
@@ -175,6 +176,8 @@ def _build(values: Mapping[str, Any]) -> Config:
     return msgspec.convert(tables, Config)
 
 
-def _set_keys(content: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the keys that are set: TOML has no word for nothing."""
-    return {key: value for key, value in content.items() if value is not None}
+def _set_keys(value: Any) -> Any:
+    """Return the value with those keys of its tables that are set: TOML has no word for nothing."""
+    if isinstance(value, dict):
+        return {key: _set_keys(each) for key, each in value.items() if each is not None}
+    return [_set_keys(each) for each in value] if isinstance(value, list | tuple) else value

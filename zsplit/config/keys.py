@@ -43,13 +43,39 @@ def checked(key: str, value: Any) -> Any:
     """Return the value in the key's own type. Raises `ConfigError` where it is none of the key's values."""
     if key not in _hints():
         raise ConfigError(f"{key} is not a key of the config: {_nearest_key(key)}.")
+    kind = _table_of(key)
+    if kind is not None and isinstance(value, list | tuple):
+        for each in value:
+            _check_table(key, kind, each)
+    return _converted(key, _hints()[key], value)
+
+
+def _converted(name: str, hint: Any, value: Any) -> Any:
     try:
-        result = msgspec.convert(value, _hints()[key])
+        result = msgspec.convert(value, hint)
     except msgspec.ValidationError as error:
-        raise ConfigError(_refusal(key, value)) from error
+        raise ConfigError(_refusal(name, hint, value)) from error
     if isinstance(result, float) and not math.isfinite(result):
-        raise ConfigError(_refusal(key, value))
+        raise ConfigError(_refusal(name, hint, value))
     return result
+
+
+def _check_table(key: str, kind: inspect.StructType, table: Any) -> None:
+    """Check one table of a list of tables, key by key."""
+    if not isinstance(table, dict):
+        raise ConfigError(_refusal(key, _hints()[key], table))
+    hints = get_type_hints(kind.cls, include_extras=True)
+    for name, value in table.items():
+        if name not in hints:
+            near = difflib.get_close_matches(name, hints, n=1)
+            there = f"the nearest is {near[0]}" if near else f"it has {', '.join(hints)}"
+            raise ConfigError(f"{name} is not a key of [[{key}]]: {there}.")
+        _converted(f"{key}.{name}", hints[name], value)
+    for field in kind.fields:
+        if field.required and field.name not in table:
+            raise ConfigError(
+                f"A [[{key}]] table lacks {field.name}: give it {_with_article(_type(hints[field.name]))}."
+            )
 
 
 def takes_only_text(key: str) -> bool:
@@ -77,6 +103,14 @@ def _hints() -> dict[str, Any]:
     }
 
 
+@cache
+def _table_of(key: str) -> inspect.StructType | None:
+    """Return what the tables are that this key is a list of; None where it is none."""
+    kind = _bare(_hints()[key])
+    item = kind.item_type if isinstance(kind, inspect.VarTupleType) else None
+    return item if isinstance(item, inspect.StructType) else None
+
+
 def _document(key: str, hint: Any) -> KeyDoc:
     section, _, name = key.partition(".")
     default = getattr(SECTIONS[section](), name)
@@ -93,9 +127,21 @@ def _choices(hint: Any) -> tuple[str, ...]:
     return get_args(hint.__origin__) if get_origin(hint.__origin__) is Literal else ()
 
 
+def _literals(kind: inspect.Type) -> tuple[str, ...]:
+    """Return the texts that are values as they stand, among others or alone."""
+    match kind:
+        case inspect.Metadata(type=inner):
+            return _literals(inner)
+        case inspect.UnionType(types=types):
+            return tuple(text for each in types for text in _literals(each))
+        case inspect.LiteralType(values=values):
+            return tuple(map(str, values))
+        case _:
+            return ()
+
+
 def _type(hint: Any) -> str:
-    choices = _choices(hint)
-    return " or ".join(map(as_toml, choices)) if choices else _words(inspect.type_info(hint))
+    return _words(inspect.type_info(hint))
 
 
 def _words(kind: inspect.Type) -> str:
@@ -109,7 +155,12 @@ def _words(kind: inspect.Type) -> str:
         case inspect.FloatType():
             return "number" + _limits(kind)
         case inspect.UnionType(types=types):
-            return " or ".join(_words(each) for each in types if not isinstance(each, inspect.NoneType))
+            open_first = sorted(types, key=lambda each: isinstance(each, inspect.LiteralType))
+            return " or ".join(_words(each) for each in open_first if not isinstance(each, inspect.NoneType))
+        case inspect.LiteralType(values=values):
+            return " or ".join(map(as_toml, values))
+        case inspect.VarTupleType(item_type=inspect.StructType(fields=fields)):
+            return "list of tables with " + ", ".join(field.name for field in fields)
         case inspect.VarTupleType(item_type=item):
             return f"list, each {_words(item)}"
         case _:
@@ -121,9 +172,10 @@ def _limits(kind: inspect.IntType | inspect.FloatType) -> str:
     return " and".join(f" {sign} {limit}" for sign, limit in limits.items() if limit is not None)
 
 
-def _refusal(key: str, value: Any) -> str:
-    doc = next(each for each in keys() if each.key == key)
-    return f"{key} must be {_with_article(doc.type)}, not {as_toml(value)}{_nearest_value(doc, value)}."
+def _refusal(name: str, hint: Any, value: Any) -> str:
+    kind = _type(hint)
+    near = _nearest_value(kind, _literals(inspect.type_info(hint)), value)
+    return f"{name} must be {_with_article(kind)}, not {as_toml(value)}{near}."
 
 
 def _with_article(kind: str) -> str:
@@ -132,9 +184,9 @@ def _with_article(kind: str) -> str:
     return f"a {kind}" if kind.startswith(("number", "list", "name")) else kind
 
 
-def _nearest_value(doc: KeyDoc, value: Any) -> str:
-    near = difflib.get_close_matches(str(value), doc.choices, n=1)
-    if not near and doc.type.startswith(("integer", "number")) and isinstance(value, str):
+def _nearest_value(kind: str, literals: tuple[str, ...], value: Any) -> str:
+    near = difflib.get_close_matches(str(value), literals, n=1)
+    if not near and kind.startswith(("integer", "number")) and isinstance(value, str):
         near = [text for text in (value, f"0{value}") if _is_number(text)]
         return f": write {near[0]}" if near else ""
     return f": the nearest is {as_toml(near[0])}" if near else ""

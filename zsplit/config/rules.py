@@ -1,9 +1,19 @@
 """Combinations that cannot be: each rule yields sentences with the keys, what was found and the way out."""
 
 from collections.abc import Iterator
+from math import inf
 
 from zsplit.config.keys import as_toml
-from zsplit.config.sections import BrokerSection, LinkSection, RunSection, ScheduleSection, TrainSection
+from zsplit.config.sections import (
+    BrokerSection,
+    LinkSection,
+    ModelSection,
+    PlanSection,
+    RunSection,
+    ScheduleSection,
+    TrainSection,
+)
+from zsplit.config.shape import ranges
 
 LAST_PORT = 65535
 
@@ -63,6 +73,44 @@ def in_link(link: LinkSection) -> Iterator[str]:
         yield (
             f"link.progress_seconds = {link.progress_seconds} is too short, since beats carry the progress: "
             f"set it above link.beat_seconds = {link.beat_seconds}, or to 0."
+        )
+
+
+def in_client_links(link: LinkSection, clients: int) -> Iterator[str]:
+    """How clients' links are shaped, and which clients are meant."""
+    if link.trace and (link.uplink_mbps or link.downlink_mbps):
+        yield f"link.trace = {as_toml(link.trace)} says the rates over time: {_ONE_OF_BOTH}."
+    for table in link.client:
+        where = f"The [[link.client]] table of clients = {as_toml(table.clients)}"
+        parts = ranges(table.clients)
+        if table.trace and (table.uplink_mbps or table.downlink_mbps):
+            yield f"{where} sets trace, which says the rates over time: {_ONE_OF_BOTH}."
+        if any(first > last for first, last in parts):
+            yield f"{where} has a range that ends before it begins: write the lower number first."
+        beyond = max(max(first, last if last < inf else 0) for first, last in parts)
+        if beyond >= clients:
+            yield (
+                f"{where} names client {beyond:.0f}: with schedule.clients = {clients} the last one is {clients - 1}."
+            )
+
+
+_ONE_OF_BOTH = "leave it out, or uplink_mbps and downlink_mbps"
+
+
+def in_planning(model: ModelSection, train: TrainSection, plan: PlanSection) -> Iterator[str]:
+    """What the planner chooses, and what it needs to do so."""
+    chosen = {"model.cut": model.cut, "train.micro_batches": train.micro_batches}
+    auto = [f'{key} = "auto"' for key, value in chosen.items() if value == "auto"]
+    asks = auto or (["plan.predict = true"] if plan.predict else [])
+    if asks and not (plan.profile_steps or plan.file):
+        yield (
+            f"{' and '.join(asks)} cannot be without a measurement: set plan.profile_steps above 0, "
+            "or plan.file to the plan.json of an earlier run."
+        )
+    if plan.client_memory_mb and not asks:
+        yield (
+            f"plan.client_memory_mb = {plan.client_memory_mb} limits the planner's choice, and there is none: "
+            'set model.cut or train.micro_batches to "auto", or leave it out.'
         )
 
 

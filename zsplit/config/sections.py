@@ -61,7 +61,9 @@ class ModelSection(Section, frozen=True):
 
     name: Annotated[str, _is("`digits/cnn`, or one of torchvision's classification models")] = "digits/cnn"
     num_classes: Annotated[Count, _is("number of outputs")] = 10
-    cut: Annotated[str | CountOr0, _is("a name or index from `zsplit cuts`; `auto`: the planner's choice; empty: the model's own")] = ""
+    cut: Annotated[
+        str | CountOr0, _is("a name or index from `zsplit cuts`; `auto`: the planner's choice; empty: the model's own")
+    ] = ""
     input: Annotated[tuple[Count, ...], _is("shape of a sample, channels first; empty: as the data")] = ()
 
 
@@ -89,7 +91,9 @@ class TrainSection(Section, frozen=True):
     weight_decay: Annotated[Size, _is("L2 penalty (`sgd`, `adam`) or decoupled decay (`adamw`)")] = 0.0
     nesterov: Annotated[bool, _is("Nesterov's momentum (`sgd`)")] = False
     local_epochs: Annotated[Count, _is("passes of a client over its samples in each round")] = 1
-    micro_batches: Annotated[Count | Auto, _is("slices that a mini-batch is cut into; `auto`: the planner's choice")] = 1
+    micro_batches: Annotated[
+        Count | Auto, _is("slices that a mini-batch is cut into; `auto`: the planner's choice")
+    ] = 1
     batch_norm: Annotated[
         BatchNorm, _is("running statistics move once for a mini-batch, or with each of its micro-batches")
     ] = "deferred"
@@ -148,7 +152,9 @@ class LinkSection(Section, frozen=True):
     uplink_mbps: Annotated[Size, _is("clients send no faster than this (Mbit/s); 0: as the link is")] = 0.0
     downlink_mbps: Annotated[Size, _is("clients receive no faster than this (Mbit/s); 0: as the link is")] = 0.0
     rtt_ms: Annotated[Size, _is("added to every round trip of a client (ms), half of it each way")] = 0.0
-    trace: Annotated[str, _is("CSV of `seconds,uplink_mbps,downlink_mbps` that clients' links replay; empty: none")] = ""
+    trace: Annotated[str, _is("CSV of `seconds,uplink_mbps,downlink_mbps` that clients' links replay; empty: none")] = (
+        ""
+    )
     client: Annotated[tuple[ClientLink, ...], _is("links of single clients, each a `[[link.client]]` table")] = ()
 
 

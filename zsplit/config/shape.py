@@ -41,7 +41,7 @@ def link_of(config: "Config", client: int) -> ClientShape:
     link = config.link
     shape = ClientShape(link.uplink_mbps, link.downlink_mbps, link.rtt_ms, link.trace)
     for table in link.client:
-        if client in clients_in(table.clients, config.schedule.clients):
+        if any(first <= client <= last for first, last in ranges(table.clients)):
             said = {name: value for name in ClientShape._fields if (value := getattr(table, name)) is not None}
             if said.get("trace"):
                 shape = shape._replace(uplink_mbps=0.0, downlink_mbps=0.0)
@@ -51,12 +51,12 @@ def link_of(config: "Config", client: int) -> ClientShape:
     return shape
 
 
-def clients_in(pattern: str, clients: int) -> set[int]:
-    """Return the clients that a pattern such as `0,4-6` or `*` names; `*` is all of so many."""
-    if pattern == "*":
-        return set(range(clients))
-    ends = [part.partition("-") for part in pattern.split(",")]
-    return {client for first, _, last in ends for client in range(int(first), int(last or first) + 1)}
+def ranges(clients: str) -> list[tuple[int, float]]:
+    """Return the first and the last client of each part of a list such as `0,4-6` or `*`."""
+    if clients == "*":
+        return [(0, math.inf)]
+    ends = [part.partition("-") for part in clients.split(",")]
+    return [(int(first), int(last or first)) for first, _, last in ends]
 
 
 def read_trace(path: str) -> tuple[Row, ...]:
@@ -75,7 +75,7 @@ def read_trace(path: str) -> tuple[Row, ...]:
         row = _row(line)
         if row is None:
             raise ConfigError(
-                f"Line {number} of link.trace {path} is {line.strip()!r}: write {COLUMNS} as three numbers of 0 or more."
+                f"Line {number} of link.trace {path} is {line.strip()!r}: write {COLUMNS}, three numbers of 0 or more."
             )
         if rows and row.seconds <= rows[-1].seconds:
             raise ConfigError(

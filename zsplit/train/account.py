@@ -6,7 +6,7 @@ from contextlib import contextmanager
 
 import torch
 
-from zsplit.train.spans import Recorder
+from zsplit.train.link.spans import Recorder
 from zsplit.wire.messages import Lease
 
 

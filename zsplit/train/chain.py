@@ -1,6 +1,5 @@
 """The model as a chain of stretches between neighbouring cuts, run and timed as training runs it."""
 
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from copy import deepcopy
@@ -14,6 +13,7 @@ from torch import Tensor
 from zsplit.config import Config
 from zsplit.model import DeferredBatchNorm, randomness
 from zsplit.train.half import Workshop, make_optimizer
+from zsplit.train.overhead import Clock
 from zsplit.train.witness import Witness
 
 Moment = Any
@@ -52,7 +52,8 @@ class Chain:
     optimizer's learning rate is 0: the weights stay, and so does what is measured.
     """
 
-    def __init__(self, workshop: Workshop, config: Config) -> None:
+    def __init__(self, workshop: Workshop, config: Config, clock: Clock) -> None:
+        self._clock = clock
         self.shape = workshop.traced.shape
         self._device = workshop.device
         self._seed = config.run.seed
@@ -90,7 +91,7 @@ class Chain:
                         flight.forward.append((begin, self._now()))
                     if witness and i + 1 < len(self.parts):
                         witness.look(i, x)
-                    x = self._watched(x, i + 1, flight) if i + 1 < depth else x
+                    x = self._watched(x, i + 1, flight.entered) if i + 1 < depth else x
         flight.output = x
         return flight
 
@@ -125,13 +126,13 @@ class Chain:
         output: Tensor = self.parts[index](x.to(self._device) if index == 0 else x)
         return loss_of(output) if index == len(self.parts) - 1 else output
 
-    def _watched(self, x: Tensor, stretch: int, flight: Flight) -> Tensor:
+    def _watched(self, x: Tensor, stretch: int, entered: dict[int, Moment]) -> Tensor:
         """Have the moment noted at which the gradient of what a stretch takes is there."""
         if not x.requires_grad:  # a back returns this gradient, whether or not the front has use for it
             x = x.detach().requires_grad_().view_as(x)
 
         def reached(_: Tensor) -> None:
-            flight.entered[stretch] = self._now()
+            entered[stretch] = self._now()
 
         register: Callable[[Callable[[Tensor], None]], object] = x.register_hook
         register(reached)
@@ -145,7 +146,7 @@ class Chain:
             return moment
         if self._device.type == "mps":
             torch.mps.synchronize()
-        return time.perf_counter()
+        return self._clock()
 
     def _seconds(self, spans: list[tuple[Moment, Moment]]) -> list[float]:
         if self._device.type == "cuda":

@@ -11,11 +11,10 @@ from zsplit.data import ClientData
 from zsplit.errors import RunFailedError
 from zsplit.train.account import Account
 from zsplit.train.half import Half, Workshop
-from zsplit.train.link import Incoming, Link
+from zsplit.train.link import Fetched, Incoming, Link
 from zsplit.train.machine import describe, use_threads
 from zsplit.train.probe import measure_link
 from zsplit.train.profile import measure
-from zsplit.train.shelf import Fetched
 from zsplit.train.state import State
 from zsplit.train.turn import Answers, Desk, Reply, Training, evaluate
 from zsplit.wire.messages import Evaluate, Held, Kind, Lease, Measure, Orders, Tally, Turn, What

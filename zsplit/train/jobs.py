@@ -16,10 +16,9 @@ from zsplit.model import randomness
 from zsplit.train.account import Account
 from zsplit.train.aggregate import Part, merge
 from zsplit.train.half import Half, Workshop
-from zsplit.train.link import Incoming, Link
+from zsplit.train.link import Fetched, Incoming, Link
 from zsplit.train.machine import use_threads
 from zsplit.train.profile import measure
-from zsplit.train.shelf import Fetched
 from zsplit.train.state import State, Tensors
 from zsplit.wire.manifest import LOCAL
 from zsplit.wire.messages import Evaluate, Held, Init, Lease, Measure, Merge, Step, Tally, Turn, What
@@ -69,7 +68,7 @@ class Measuring:
             self.link.report(Held(lease=self.job.lease, state="ready"))
             return
         with Account(self.link.spans, self.workshop.device).computing("measure"):
-            profile = measure(self.workshop, self.config)
+            profile = measure(self.workshop, self.config, role="server")
         self.link.report(Held(lease=self.job.lease, state="done", profile=profile))
 
     def fetched(self, event: Fetched) -> None:

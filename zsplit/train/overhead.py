@@ -2,7 +2,6 @@
 
 import queue
 import threading
-import time
 from collections.abc import Callable
 from statistics import median
 
@@ -12,20 +11,23 @@ from zsplit.codec import decode, encode
 from zsplit.wire import frames
 from zsplit.wire.messages import Lease, Tensors
 
+Clock = Callable[[], float]
+"""A clock in seconds."""
+
 REPETITIONS = 20
 LOADING_SECONDS = 0.3
 """Time in which more than one mini-batch is loaded."""
 
 
-def batch_seconds(load: Callable[[], object]) -> float:
+def batch_seconds(load: Callable[[], object], clock: Clock) -> float:
     """Return the seconds in which `load` loads a mini-batch: the median of some, the first left out if it can be."""
     taken: list[float] = []
     while len(taken) < REPETITIONS and sum(taken) < LOADING_SECONDS:
-        taken.append(_seconds(load))
+        taken.append(_seconds(load, clock))
     return median(taken[1:] or taken)
 
 
-def message_seconds() -> float:
+def message_seconds(clock: Clock) -> float:
     """Return what a micro-batch adds at this peer beyond its bytes, one message out and one in.
 
     Tensors of one sample are encoded with their header, handed to another thread and back, and decoded.
@@ -44,7 +46,7 @@ def message_seconds() -> float:
     thread = threading.Thread(target=link, name="zsplit-overhead", daemon=True)
     thread.start()
     pass_on()
-    taken = [_seconds(pass_on) for _ in range(REPETITIONS)]
+    taken = [_seconds(pass_on, clock) for _ in range(REPETITIONS)]
     there.put(None)
     thread.join()
     return median(taken)
@@ -67,7 +69,7 @@ def _decode(message: list[bytes | memoryview]) -> None:
             decode(meta, memoryview(frame))
 
 
-def _seconds(act: Callable[[], object]) -> float:
-    began = time.perf_counter()
+def _seconds(act: Callable[[], object], clock: Clock) -> float:
+    began = clock()
     act()
-    return time.perf_counter() - began
+    return clock() - began

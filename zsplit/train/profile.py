@@ -11,7 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from zsplit.config import Config
 from zsplit.train.chain import Chain, Flight, OutOfMemory, Seconds, room
 from zsplit.train.half import Workshop
-from zsplit.train.overhead import batch_seconds, message_seconds
+from zsplit.train.overhead import Clock, batch_seconds, message_seconds
 from zsplit.train.witness import Witness
 from zsplit.wire.messages import Profile, Stretch
 
@@ -29,7 +29,7 @@ def measure(
     config: Config,
     load: Callable[[], object] | None = None,
     role: Peer = "client",
-    clock: Callable[[], float] = time.monotonic,
+    clock: Clock = time.perf_counter,
 ) -> Profile:
     """Return what every stretch of the model costs this peer, with the threads that torch has now.
 
@@ -48,9 +48,10 @@ def measure(
     witness = Witness(workshop.traced.cuts, config.codec)
     sizes = wanted = slice_sizes(config, batch_norm)
     stretches: list[Stretch] = []
+    message = message_seconds(clock)
     try:
         with room():
-            survey = Survey(Chain(workshop, config), config, role, clock, until)
+            survey = Survey(Chain(workshop, config, clock), config, role, clock, until)
         sizes, stretches = survey.take(wanted, witness)
     except OutOfMemory:
         pass  # nothing fits
@@ -61,8 +62,8 @@ def measure(
         down=tuple(witness.down),
         sizes=tuple(sizes),
         stretches=tuple(stretches),
-        batch_seconds=batch_seconds(load) if load is not None else 0.0,
-        message_seconds=message_seconds(),
+        batch_seconds=batch_seconds(load, clock) if load is not None else 0.0,
+        message_seconds=message,
         batch_norm=batch_norm,
         note=note(cuts, len(stretches), sizes[-1] if sizes[-1] < wanted[-1] else None),
     )
@@ -113,7 +114,7 @@ class Repetition(NamedTuple):
 class Survey:
     """Measures a chain as a peer of this role runs it. `clock` is read to stop at `until`."""
 
-    def __init__(self, chain: Chain, config: Config, role: Peer, clock: Callable[[], float], until: float) -> None:
+    def __init__(self, chain: Chain, config: Config, role: Peer, clock: Clock, until: float) -> None:
         self._chain, self._config, self._role = chain, config, role
         self._clock, self._until = clock, until
         self._batch = config.train.batch_size
@@ -206,14 +207,14 @@ class Survey:
         return min(self._count(size), TOGETHER)
 
     def _figures(self, stretch: int, sizes: Sequence[int], done: Sequence[Repetition], saved: float) -> Stretch:
-        slices = {size: [each.slices[size] for each in done] for size in sizes}
+        def means(way: int) -> tuple[float, ...]:
+            by_size = ([each.slices[size] for each in done] for size in sizes)
+            taken = [[[slice[way][stretch] for slice in slices] for slices in same] for same in by_size]
+            return tuple(map(self._mean, sizes, taken))
+
         return Stretch(
-            forward=tuple(
-                self._mean(size, [[s.forward[stretch] for s in one] for one in slices[size]]) for size in sizes
-            ),
-            backward=tuple(
-                self._mean(size, [[s.backward[stretch] for s in one] for one in slices[size]]) for size in sizes
-            ),
+            forward=means(0),
+            backward=means(1),
             step=median(each.step[stretch] for each in done),
             saved=saved,
             weights=sum(tensor.nbytes for tensor in self._chain.tensors(stretch)),

@@ -11,9 +11,8 @@ from zsplit.config import Config
 from zsplit.errors import RunFailedError
 from zsplit.train.half import Half, Workshop
 from zsplit.train.jobs import Evaluating, Handler, Initialising, Measuring, Merging, Training
-from zsplit.train.link import Incoming, Link
+from zsplit.train.link import Fetched, Incoming, Link
 from zsplit.train.machine import describe
-from zsplit.train.shelf import Fetched
 from zsplit.wire.messages import Evaluate, Finish, Init, Job, Lease, Measure, Merge, Orders, Turn
 from zsplit.wire.messages import Tensors as TensorsMessage
 

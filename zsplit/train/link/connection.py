@@ -9,7 +9,7 @@ from typing import NamedTuple
 import zmq
 
 from zsplit.greeting import parse_address
-from zsplit.train.shaping import Line, Passage, Rates, Way
+from zsplit.train.link.shaping import Line, Passage, Rates, Way
 from zsplit.wire.frames import MAX_CONTROL, MAX_FRAMES
 from zsplit.wire.messages import Lease
 from zsplit.wire.wake import Wake

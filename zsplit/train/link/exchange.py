@@ -13,10 +13,10 @@ import msgspec
 from torch import Tensor
 
 from zsplit.codec import decode, encode, is_view
-from zsplit.train.clock import Clock
-from zsplit.train.flows import Flows
-from zsplit.train.lanes import Lane
-from zsplit.train.spans import Recorder
+from zsplit.train.link.clock import Clock
+from zsplit.train.link.flows import Flows
+from zsplit.train.link.lanes import Lane
+from zsplit.train.link.spans import Recorder
 from zsplit.wire.messages import Step, What
 from zsplit.wire.messages import Tensors as TensorsMessage
 

@@ -10,13 +10,13 @@ import msgspec
 from zsplit.config import from_json, link_of
 from zsplit.errors import LinkError, ZsplitError
 from zsplit.greeting import RETRY_SECONDS
-from zsplit.train.clock import Clock
-from zsplit.train.connection import Connection, Parcel, Received
-from zsplit.train.exchange import Exchange, Incoming, Outgoing
-from zsplit.train.shaping import lines
-from zsplit.train.shelf import Fetched, Transfer
-from zsplit.train.spans import Recorder
-from zsplit.train.standing import Standing
+from zsplit.train.link.clock import Clock
+from zsplit.train.link.connection import Connection, Parcel, Received
+from zsplit.train.link.exchange import Exchange, Incoming, Outgoing
+from zsplit.train.link.shaping import lines
+from zsplit.train.link.shelf import Fetched, Transfer
+from zsplit.train.link.spans import Recorder
+from zsplit.train.link.standing import Standing
 from zsplit.wire.frames import CHUNK, check_frames, decode_control, decode_data, encode
 from zsplit.wire.messages import (
     Attach,

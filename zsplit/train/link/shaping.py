@@ -4,6 +4,9 @@ Each way of a link is a serial line with a rate and a delay, half of the round t
 free, occupies it for its bytes over the rate, and is there one delay later: store and forward, since ZeroMQ shows a
 message when its last byte has come. The line is free again at a time that is computed from the times before, never
 read off a clock, so that waking up late delays one message and not those behind it.
+
+What TCP adds of its own is not modelled: that it starts slowly after a pause, and that acknowledgements take up to 2 %
+of the other way and wait there behind data.
 """
 
 import math

@@ -13,12 +13,12 @@ from collections.abc import Callable, Sequence
 
 from zsplit.errors import ConfigError, LinkError, ZsplitError
 from zsplit.greeting import greet, parse_address
-from zsplit.train.clock import Clock
-from zsplit.train.connection import Connection
-from zsplit.train.exchange import Incoming, Tagged
-from zsplit.train.session import Ended, Event, Session
-from zsplit.train.shelf import Fetched
-from zsplit.train.spans import Recorder
+from zsplit.train.link.clock import Clock
+from zsplit.train.link.connection import Connection
+from zsplit.train.link.exchange import Incoming, Tagged
+from zsplit.train.link.session import Ended, Event, Session
+from zsplit.train.link.shelf import Fetched
+from zsplit.train.link.spans import Recorder
 from zsplit.train.state import State
 from zsplit.wire.frames import encode
 from zsplit.wire.messages import (
@@ -39,8 +39,6 @@ from zsplit.wire.messages import (
 )
 from zsplit.wire.messages import Tensors as TensorsMessage
 from zsplit.wire.wake import Wake
-
-__all__ = ["CONNECT_SECONDS", "Incoming", "Link"]
 
 CONNECT_SECONDS = 60.0
 """How long a peer goes on trying to reach a broker that does not answer, unless told otherwise."""

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Literal
 
-from zsplit.train.clock import Clock
+from zsplit.train.link.clock import Clock
 from zsplit.wire.messages import Lease, Span
 
 Lane = Literal["compute", "up", "down"]

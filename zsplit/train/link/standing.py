@@ -2,7 +2,7 @@
 
 import threading
 
-from zsplit.train.shelf import Shelf
+from zsplit.train.link.shelf import Shelf
 from zsplit.train.state import State
 from zsplit.wire.messages import Beat, Held, Lease, Orders, Prepared
 
