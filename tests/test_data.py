@@ -7,6 +7,9 @@ import os
 import pickle
 import struct
 import tarfile
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +24,7 @@ from torch.utils.data import Dataset, TensorDataset
 
 import zsplit.data
 from zsplit.config import Config, keys, load_config
-from zsplit.data import ClientData, Data, from_datasets, gather, open_data, sample_shape, shards
+from zsplit.data import ClientData, Data, Prefetch, from_datasets, gather, open_data, sample_shape, shards
 from zsplit.data.client import PARTITIONS
 from zsplit.data.images import Pixels
 from zsplit.data.readers import read_idx
@@ -123,7 +126,7 @@ class TestDigits:
 class TestNames:
     def test_every_name_and_partition_of_the_config_is_there(self) -> None:
         choices = {each.key: set(each.choices) for each in keys()}
-        assert choices["data.name"] == {*SOURCES, "own"}
+        assert choices["data.name"] == {*SOURCES, "fake", "own"}
         assert choices["data.partition"] == set(PARTITIONS)
 
     def test_own_datasets_cannot_be_opened_by_name(self) -> None:
@@ -134,6 +137,7 @@ class TestNames:
         assert sample_shape(Config()) == (1, 8, 8)
         assert sample_shape(config_of(data__name="cifar10", data__path="/nowhere")) == (3, 32, 32)
         assert sample_shape(config_of(data__name="own", model__input=[5])) == (5,)
+        assert sample_shape(config_of(data__name="fake", data__shape=[1, 4, 6])) == (1, 4, 6)
 
     @pytest.mark.parametrize("name", ["own", "imagefolder"])
     def test_a_shape_that_only_the_files_tell_has_to_be_set(self, name: str) -> None:
@@ -385,6 +389,65 @@ class TestImageFolder:
         assert x.std().item() == pytest.approx(1, abs=0.5)
 
 
+def fake(**keys: object) -> Data:
+    return open_data(config_of(data__name="fake", **keys))
+
+
+def pixels_of(part: Any) -> Tensor:
+    assert isinstance(part, Pixels)
+    return part.pixels
+
+
+class TestFake:
+    def test_size_shape_and_classes_are_those_of_the_config(self) -> None:
+        data = fake(data__samples=50, data__shape=[2, 4, 6], data__classes=7)
+        assert (len(data.train), len(data.test), data.shape, data.classes) == (50, 5, (2, 4, 6), 7)
+        x, y = gather(data.train, torch.arange(50))
+        assert x.shape == (50, 2, 4, 6)
+        assert set(y.tolist()) <= set(range(7))
+        assert len(fake(data__samples=3).test) == 1
+
+    def test_it_takes_a_byte_a_pixel(self) -> None:
+        pixels = pixels_of(fake(data__samples=20).train)
+        assert (pixels.dtype, pixels.nbytes) == (torch.uint8, 20 * 3 * 32 * 32)
+
+    def test_a_sample_follows_from_seed_and_index_alone(self) -> None:
+        few, many = (gather(fake(data__samples=n).train, torch.arange(30)) for n in (30, 3000))
+        assert all(map(torch.equal, few, many))
+        other = gather(fake(data__samples=30, run__seed=1).train, torch.arange(30))
+        assert not any(map(torch.equal, few, other))
+
+    def test_making_it_draws_nothing_from_torchs_generator(self) -> None:
+        before = torch.get_rng_state()
+        fake(data__samples=20)
+        assert torch.equal(torch.get_rng_state(), before)
+
+    def test_no_image_is_in_both_parts(self) -> None:
+        data = fake(data__samples=200)
+        train, test = ({image.numpy().tobytes() for image in pixels_of(part)} for part in (data.train, data.test))
+        assert (len(train), len(test), len(train & test)) == (200, 20, 0)
+
+    def test_pixels_are_scaled_to_mean_0_and_deviation_1(self) -> None:
+        x, _ = gather(fake(data__samples=300).train, torch.arange(300))
+        assert x.mean().item() == pytest.approx(0, abs=0.01)
+        assert x.std().item() == pytest.approx(1, abs=0.01)
+
+    def test_it_can_be_learnt(self) -> None:
+        data = fake(data__samples=500)
+        x, y = gather(data.train, torch.arange(500))
+        means = torch.stack([x[y == label].mean(0) for label in range(10)])
+        unseen, labels = gather(data.test, torch.arange(50))
+        nearest = torch.cdist(unseen.flatten(1), means.flatten(1)).argmin(1)
+        assert torch.equal(nearest, labels)
+
+    def test_a_shape_that_is_no_image_is_refused(self) -> None:
+        with pytest.raises(ConfigError) as caught:
+            fake(data__shape=[64])
+        assert str(caught.value) == (
+            "data.shape = [64] is no image's shape: set channels, height and width, such as [3, 32, 32]."
+        )
+
+
 class TestOwnDatasets:
     def test_shape_and_classes_are_found(self) -> None:
         data = from_datasets(numbered(20, classes=3), numbered(5, classes=4))
@@ -541,3 +604,95 @@ class TestClientData:
         client = ClientData(config_of(schedule__clients=1), 0, from_datasets(own, own))
         with pytest.raises(ConfigError, match="The data has the label -1: number its classes from 0"):
             client.train_batch(0, 0)
+
+
+class Slow(Dataset[Any]):
+    """Samples that take a millisecond of a clock of their own each; `asked` says in which thread each was loaded."""
+
+    def __init__(self, samples: int, seconds: float = 0.001, draw: bool = False) -> None:
+        self.samples, self.seconds, self.draw = samples, seconds, draw
+        self.asked: list[tuple[int, str]] = []
+        self.now = 0.0
+        self.broken = -1
+
+    def __len__(self) -> int:
+        return self.samples
+
+    def __getitem__(self, index: int) -> Any:
+        self.now += self.seconds
+        self.asked.append((index, threading.current_thread().name))
+        if index == self.broken:
+            raise DataError(f"sample {index} is damaged")
+        return torch.rand(1) if self.draw else torch.full((1,), float(index)), 0
+
+    def ahead(self) -> list[int]:
+        """Return the samples that were loaded ahead."""
+        return [index for index, thread in self.asked if thread.startswith("zsplit-data")]
+
+
+@contextmanager
+def prefetch(dataset: Slow, rounds: int = 2) -> Iterator[tuple[Prefetch, ClientData]]:
+    """Yield the mini-batches of a client that has all samples, ahead and not, two samples in each."""
+    config = config_of(schedule__clients=1, data__val_fraction=0, train__batch_size=2)
+    data = Data(dataset, dataset, (1,), 1)
+    ahead = Prefetch(ClientData(config, 0, data), rounds, lambda: dataset.now)
+    try:
+        yield ahead, ClientData(config, 0, numbered_data(dataset.samples))
+    finally:
+        ahead.close()
+
+
+class TestPrefetch:
+    def test_the_batches_are_those_of_the_client_in_any_order(self) -> None:
+        places = [(0, 0), (0, 1), (0, 2), (1, 0), (1, 2), (1, 1), (0, 1), (0, 1), (1, 2)]
+        with prefetch(Slow(6)) as (ahead, plain):
+            for place in places:
+                assert torch.equal(ahead.train_batch(*place)[0], plain.train_batch(*place)[0])
+
+    def test_the_next_batch_is_loaded_in_a_thread_over_the_end_of_a_round_too(self) -> None:
+        with prefetch(dataset := Slow(4)) as (ahead, plain):
+            for round, step in ((0, 0), (0, 1), (1, 0), (1, 1)):
+                ahead.train_batch(round, step)
+            expected = [plain.train_batch(*place)[0][:, 0].tolist() for place in ((0, 1), (1, 0), (1, 1))]
+        assert dataset.ahead() == [index for batch in expected for index in batch]
+        assert len(dataset.asked) == 8
+
+    def test_nothing_is_loaded_behind_the_last_round(self) -> None:
+        with prefetch(dataset := Slow(2), rounds=1) as (ahead, _):
+            ahead.train_batch(0, 0)
+        assert len(dataset.asked) == 2
+
+    def test_what_loads_at_once_is_not_loaded_ahead(self) -> None:
+        with prefetch(dataset := Slow(6, seconds=0.0001)) as (ahead, _):
+            for step in range(3):
+                ahead.train_batch(0, step)
+        assert dataset.ahead() == []
+
+    def test_what_draws_from_torchs_generator_is_not_loaded_ahead(self) -> None:
+        with prefetch(dataset := Slow(6, draw=True)) as (ahead, _):
+            for step in range(3):
+                ahead.train_batch(0, step)
+        assert dataset.ahead() == []
+
+    def test_an_error_is_raised_where_its_batch_is_asked_for(self) -> None:
+        with prefetch(dataset := Slow(4)) as (ahead, plain):
+            dataset.broken = int(plain.train_batch(0, 1)[0][0, 0])
+            ahead.train_batch(0, 0)
+            with pytest.raises(DataError, match=f"sample {dataset.broken} is damaged"):
+                ahead.train_batch(0, 1)
+
+    def test_an_error_in_a_batch_that_nobody_asks_for_is_nobodys(self) -> None:
+        with prefetch(dataset := Slow(4)) as (ahead, plain):
+            dataset.broken = int(plain.train_batch(0, 1)[0][0, 0])
+            ahead.train_batch(0, 0)
+            dataset.broken = -1
+            assert torch.equal(ahead.train_batch(0, 0)[0], plain.train_batch(0, 0)[0])
+
+    def test_the_thread_ends_when_it_is_closed(self) -> None:
+        with prefetch(Slow(4)) as (ahead, _):
+            ahead.train_batch(0, 0)
+            ahead.train_batch(0, 1)
+        for thread in threading.enumerate():
+            if thread.name.startswith("zsplit-data"):
+                thread.join(10)
+        assert not [thread for thread in threading.enumerate() if thread.name.startswith("zsplit-data")]

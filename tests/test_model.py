@@ -86,9 +86,14 @@ def run(parts: Sequence[nn.Module], x: Tensor, y: Tensor) -> tuple[Tensor, dict[
     F.cross_entropy(gave[-1], y).backward()
     for out, received in zip(gave[-2::-1], took[:0:-1], strict=True):
         out.backward(received.grad)
+    return gave[-1].detach(), left_in(parts)
+
+
+def left_in(parts: Sequence[nn.Module]) -> dict[str, Tensor]:
+    """Return the state and the gradients of all parts."""
     left = {name: tensor for part in parts for name, tensor in part.state_dict().items()}
     gradients = {name: p.grad for part in parts for name, p in part.named_parameters() if p.grad is not None}
-    return gave[-1].detach(), left | {f"{name}.grad": gradient for name, gradient in gradients.items()}
+    return left | {f"{name}.grad": gradient for name, gradient in gradients.items()}
 
 
 def assert_same(one: tuple[Tensor, dict[str, Tensor]], other: tuple[Tensor, dict[str, Tensor]]) -> None:
@@ -137,6 +142,21 @@ def test_parts_do_to_the_bit_what_the_uncut_model_does(net: Net, training: bool)
     for cut in cuts:
         torch.manual_seed(5)
         assert_same(run(copies(traced.split(cut), training), x, y), expected)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_the_chain_of_all_stretches_is_the_uncut_model_to_the_bit(net: Net, training: bool) -> None:
+    traced, _, (x, y) = net
+    torch.manual_seed(5)
+    expected = run([copy.deepcopy(traced.model).train(training)], x, y)
+    chain = [part.train(training) for part in copy.deepcopy(traced.chain())]
+    assert len(chain) == len(traced.cuts) + 1
+    torch.manual_seed(5)
+    output = x
+    for part in chain:
+        output = part(output)
+    F.cross_entropy(output, y).backward()
+    assert_same((output.detach(), left_in(chain)), expected)
 
 
 @pytest.mark.parametrize("net", ["residual", "mobilenet_v3_small", "densenet121", "vit"], indirect=True, scope="module")

@@ -43,7 +43,7 @@ def test_the_families_are_all_that_torchvision_has() -> None:
     assert {family(name) for name in zoo.names() if "/" not in name} == {family(name) for name in FAMILIES}
 
 
-@pytest.mark.parametrize("name", ["digits/cnn", "splitnn/mlp", "squeezenet1_1"])
+@pytest.mark.parametrize("name", ["digits/cnn", "splitnn/mlp", "pipelearn/vgg5", "squeezenet1_1"])
 def test_initial_weights_follow_from_the_seed_alone(name: str) -> None:
     shape = zoo.default_input(name)
     before = torch.get_rng_state()
@@ -79,6 +79,36 @@ def test_the_mlp_is_the_tutorials() -> None:
     assert [(m.in_features, m.out_features) for m in linears] == [(784, 128), (128, 640), (640, 10)]
 
 
+def test_vgg5_is_pipelearns_layer_for_layer() -> None:
+    model = zoo.build("pipelearn/vgg5", 10, 0, (3, 32, 32))
+    cuts = {cut.name: cut for cut in cut_points(model, torch.zeros(2, 3, 32, 32))}
+    assert list(cuts) == [
+        "block1.conv", "block1.norm", "block1.relu", "block1.pool",
+        "block2.conv", "block2.norm", "block2.relu", "block2.pool",
+        "block3.conv", "block3.norm", "block3.relu", "flatten", "fc1",
+    ]  # fmt: skip
+    cut = cuts["block2.pool"]
+    assert zoo.default_cut("pipelearn/vgg5") == cut.name
+    # 1.64 MB each way at a mini-batch of 100.
+    assert (cut.shape, 100 * cut.bytes_per_sample) == ((64, 8, 8), 1_638_400)
+    convolutions = (3 * 32 * 9 + 32) + (32 * 64 * 9 + 64) + (64 * 64 * 9 + 64)
+    norms = 2 * (32 + 64 + 64)
+    assert cut.front_params + cut.back_params == convolutions + norms + (4096 * 128 + 128) + (128 * 10 + 10) == 582_346
+    products = 1024 * 32 * 27 + 256 * 64 * 288 + 64 * 64 * 576 + 4096 * 128 + 128 * 10
+    assert cut.front_flops + cut.back_flops == 2 * products == 16_976_384
+
+
+def test_vgg5_begins_as_pipelearns_does() -> None:
+    model = zoo.build("pipelearn/vgg5", 10, 0, (3, 32, 32))
+    weights, limit = model.get_parameter("fc1.weight").detach(), (6 / (4096 + 128)) ** 0.5
+    assert 0.99 * limit < float(weights.max()) <= limit
+    assert all(not p.any() for name, p in model.named_parameters() if name.endswith("bias"))
+
+
+def test_vgg5_ends_in_logits_for_other_inputs_and_classes_too() -> None:
+    assert zoo.build("pipelearn/vgg5", 3, 0, (1, 28, 28))(torch.zeros(2, 1, 28, 28)).shape == (2, 3)
+
+
 def test_torchvisions_models_have_their_own_usual_input_and_no_usual_cut() -> None:
     assert zoo.default_input("resnet18") == (3, 224, 224)
     assert zoo.default_input("inception_v3") == (3, 299, 299)
@@ -87,7 +117,11 @@ def test_torchvisions_models_have_their_own_usual_input_and_no_usual_cut() -> No
 
 @pytest.mark.parametrize(
     ("name", "nearest"),
-    [("resnet81", "resnet18, resnet152, resnet101"), ("digit/cnn", "digits/cnn"), ("?", "digits/cnn, splitnn/mlp")],
+    [
+        ("resnet81", "resnet18, resnet152, resnet101"),
+        ("digit/cnn", "digits/cnn"),
+        ("?", "digits/cnn, splitnn/mlp, pipelearn/vgg5"),
+    ],
 )
 def test_an_unknown_name_is_refused_with_the_nearest_ones(name: str, nearest: str) -> None:
     for call in (lambda name: zoo.build(name, 10, 0, (3, 32, 32)), zoo.default_input, zoo.default_cut):

@@ -10,11 +10,11 @@ from pathlib import Path
 from threading import Thread
 
 from zsplit.config import Config
+from zsplit.memory import keep_freed
 from zsplit_broker.events import Finish
 from zsplit_broker.journal import Journal
 from zsplit_broker.loop import Broker
-from zsplit_broker.memory import keep_freed
-from zsplit_broker.record import choose_folder, create_folder, remove_folder
+from zsplit_broker.record import choose_folder, create_folder, read_plans, remove_folder, write_plans
 from zsplit_broker.sockets import Sockets, bound
 
 
@@ -24,16 +24,20 @@ def run_broker(config: Config, out: str | None, ready: Callable[[Sockets, Path],
     `attached`: the end of the standard input stops it, so that it cannot outlive whoever started it. A run that
     never began leaves no folder behind.
 
-    Raises ConfigError where the folder exists or a port is taken, StorageError where it cannot write.
+    Raises ConfigError where the folder exists, a port is taken or `plan.file` is no plan for this run, StorageError
+    where it cannot write.
     """
-    keep_freed()
+    keep_freed(one_arena=True)
+    planned = read_plans(config)
     folder = choose_folder(config, out)
     run = secrets.token_hex(4)
     with ExitStack() as stack:
         sockets = stack.enter_context(bound(config))
         create_folder(folder, config)
         journal = stack.enter_context(Journal.open(folder, {"run": run, "zsplit": version("zsplit")}))
-        broker = Broker(config, run, folder, journal, sockets)
+        if planned:
+            write_plans(folder, planned)
+        broker = Broker(config, run, folder, journal, sockets, planned)
         stack.callback(broker.close)
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda n, _: broker.stop(f"stopped by {signal.Signals(n).name}"))

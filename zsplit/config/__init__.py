@@ -65,6 +65,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         for key, value in _values(self).items():
             checked(key, value)
         contradictions = chain(
+            rules.in_data(self.data),
             rules.in_training(self.train),
             rules.in_schedule(self.schedule, self.run),
             rules.in_link(self.link),

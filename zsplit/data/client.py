@@ -5,7 +5,9 @@ middle of a round.
 """
 
 import math
+import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Literal
 
 import torch
@@ -17,6 +19,13 @@ from zsplit.errors import ConfigError
 from zsplit.seeds import derive
 
 Part = Literal["train", "validation", "test"]
+Place = tuple[int, int]
+"""Round and step."""
+
+Batch = tuple[Tensor, Tensor]
+
+WORTHWHILE = 0.001
+"""Seconds from which on loading a mini-batch ahead gains more than it costs."""
 
 
 def iid(config: Config, n_samples: int) -> list[Tensor]:
@@ -116,6 +125,53 @@ class ClientData:
         x, y = gather(dataset, indices[position * size : (position + 1) * size])
         _check_labels(self._config, y)
         return x, y
+
+
+class Prefetch:
+    """A client's mini-batches, each loaded while the one before is used. The results are those of `ClientData`.
+
+    Only what takes longer to load than the hand-over between threads is loaded ahead, and nothing where loading draws
+    from torch's default generator: the model draws from it meanwhile. `clock` returns seconds.
+    """
+
+    def __init__(self, data: ClientData, rounds: int, clock: Callable[[], float] = time.perf_counter) -> None:
+        self._data, self._rounds, self._clock = data, rounds, clock
+        self._ahead: tuple[Place, Future[Batch]] | None = None
+        self._draws = False
+        self._seconds = 0.0
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="zsplit-data")
+
+    def train_batch(self, round: int, step: int) -> tuple[Tensor, Tensor]:
+        """Return the mini-batch of a step, and begin to load the next one. Raises what loading it raises."""
+        place, ahead = (round, step), self._ahead
+        self._ahead = None
+        batch = ahead[1].result() if ahead and ahead[0] == place else self._here(place)
+        if self._seconds > WORTHWHILE and not self._draws and (following := self._next(place)):
+            self._ahead = following, self._pool.submit(self._load, following)
+        return batch
+
+    def close(self) -> None:
+        """End the thread, once it has loaded what it is loading."""
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def _here(self, place: Place) -> Batch:
+        before = torch.get_rng_state()
+        batch = self._load(place)
+        self._draws = self._draws or not torch.equal(before, torch.get_rng_state())
+        return batch
+
+    def _load(self, place: Place) -> Batch:
+        began = self._clock()
+        batch = self._data.train_batch(*place)
+        self._seconds = self._clock() - began
+        return batch
+
+    def _next(self, place: Place) -> Place | None:
+        """Return the place of the mini-batch that is due after this one, if there is one."""
+        round, step = place
+        if step + 1 < self._data.steps_per_round:
+            return round, step + 1
+        return (round + 1, 0) if round + 1 < self._rounds else None
 
 
 def _permutation(n: int, seed: int, purpose: str, *parts: int) -> Tensor:

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from zsplit.config import Config
+from zsplit.data.fake import open_fake
 from zsplit.data.images import Data, Pixels, Scale
 from zsplit.data.readers import damaged, read_cifar_batch, read_idx
 from zsplit.errors import ConfigError, DataError
@@ -27,7 +28,7 @@ HELD_OUT_EVERY = 5
 
 
 class Source(NamedTuple):
-    """A dataset with a name: how it is opened, the shape of its samples where the name says it, its files."""
+    """A dataset in files: how it is opened, the shape of its samples where its name says it, what the files are."""
 
     open: Callable[[Path], Data]
     shape: tuple[int, ...] | None
@@ -35,7 +36,7 @@ class Source(NamedTuple):
 
 
 def open_data(config: Config) -> Data:
-    """Return the data that `data.name` and `data.path` say, from local files.
+    """Return the data that `data.name` and `data.path` say: from local files, or made up.
 
     Raises `DataError` where files are missing or damaged, with what to put where, and `ConfigError` for
     `data.name = "own"`, which no file can stand for.
@@ -44,8 +45,10 @@ def open_data(config: Config) -> Data:
     if name == "own":
         raise ConfigError(
             'data.name = "own" stands for datasets that a Python script hands over: '
-            f"start that script, or name one of {', '.join(SOURCES)}."
+            f"start that script, or name one of {', '.join((*SOURCES, 'fake'))}."
         )
+    if name == "fake":
+        return open_fake(config)
     source = SOURCES[name]
     if not source.files:
         return source.open(Path(__file__).parent)
@@ -62,11 +65,12 @@ def sample_shape(config: Config) -> tuple[int, ...]:
 
     Raises `ConfigError` where only the files tell.
     """
-    source = SOURCES.get(config.data.name)
-    shape = config.model.input or (source.shape if source else None)
+    name = config.data.name
+    implied = config.data.shape if name == "fake" else SOURCES[name].shape if name in SOURCES else None
+    shape = config.model.input or implied
     if not shape:
         raise ConfigError(
-            f'data.name = "{config.data.name}" does not tell the shape of a sample: '
+            f'data.name = "{name}" does not tell the shape of a sample: '
             "set model.input, such as model.input = [3, 32, 32]."
         )
     return shape

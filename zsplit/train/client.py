@@ -1,20 +1,20 @@
 """A client: it keeps the data and the front of the model, and trains, evaluates or measures when it is its turn."""
 
 import time
+from contextlib import closing
 
 import msgspec
 import torch
 from torch import Tensor
 
 from zsplit.config import Config
-from zsplit.data import ClientData
+from zsplit.data import ClientData, Prefetch
 from zsplit.errors import RunFailedError
 from zsplit.train.account import Account
 from zsplit.train.half import Half, Workshop
 from zsplit.train.link import Fetched, Incoming, Link
 from zsplit.train.machine import describe, use_threads
-from zsplit.train.probe import measure_link
-from zsplit.train.profile import measure
+from zsplit.train.profile import measure, measure_link
 from zsplit.train.state import State
 from zsplit.train.turn import Answers, Desk, Reply, Training, evaluate
 from zsplit.wire.messages import Evaluate, Held, Kind, Lease, Measure, Orders, Tally, Turn, What
@@ -38,7 +38,8 @@ class Client:
         self.orders = Orders(revision=0)
         self.halves: dict[str, Half] = {}
         self.index = link.welcome.index
-        self.desk = Desk(link, config, workshop, data, self.index, self._answer, self._tell)
+        self.batches = Prefetch(data, config.run.rounds)
+        self.desk = Desk(link, config, workshop, data, self.batches, self.index, self._answer, self._tell)
         self.account = Account(link.spans, workshop.device)
         self._finished: set[Lease] = set()
         self._losses: list[float] = []
@@ -48,6 +49,10 @@ class Client:
 
     def serve(self) -> str:
         """Do the broker's jobs until the run is over. Raises RunFailedError where it failed."""
+        with closing(self.batches):
+            return self._serve()
+
+    def _serve(self) -> str:
         sizes = self.data.size("train"), self.data.size("validation"), self.data.size("test")
         self.link.prepared(describe(self.workshop.device, self.workshop.cut, *sizes))
         while self.orders.finish is None:

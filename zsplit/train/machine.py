@@ -7,6 +7,7 @@ import torch
 
 from zsplit.config import Config
 from zsplit.errors import ConfigError
+from zsplit.memory import keep_freed
 from zsplit.wire.messages import Prepared
 
 
@@ -23,7 +24,8 @@ def choose_device(asked: str) -> torch.device:
 
 
 def set_up(config: Config, threads: int) -> None:
-    """Fix what the run wants fixed for the whole process: threads, deterministic algorithms."""
+    """Fix what the run wants fixed for the whole process: threads, deterministic algorithms; and keep its memory."""
+    keep_freed()
     if threads:
         torch.set_num_threads(threads)
     torch.use_deterministic_algorithms(config.run.deterministic)

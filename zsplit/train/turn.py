@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from zsplit.config import Config
-from zsplit.data import ClientData
+from zsplit.data import ClientData, Prefetch
 from zsplit.errors import RunFailedError
 from zsplit.model import randomness
 from zsplit.train.account import Account
@@ -49,6 +49,7 @@ class Desk(NamedTuple):
     config: Config
     workshop: Workshop
     data: ClientData
+    batches: Prefetch
     client: int
     answer: Answers
     tell: Callable[[float, int], None]
@@ -78,7 +79,7 @@ class Training:
     def _step(self, step: int) -> tuple[float, int]:
         """One mini-batch: one optimizer step on both sides. Return its mean loss and its samples."""
         with self.account.computing("load", step):
-            inputs, labels = self.desk.data.train_batch(self.job.round, step)
+            inputs, labels = self.desk.batches.train_batch(self.job.round, step)
         micros = min(self.job.plan.micro_batches, len(labels))
         slices = list(zip(inputs.tensor_split(micros), labels.tensor_split(micros), strict=True))
         self.half.begin_step(micros)

@@ -140,7 +140,8 @@ class Profile(Record, frozen=True):
     `cuts` are the places in the model's order; stretch i ends at cut i, the last one at the loss. `up` and `down` are
     bytes a sample on the wire at each cut, after the codec. `batch_seconds` is what a mini-batch takes to load,
     `message_seconds` what encoding, queueing and decoding add to each micro-batch at this peer. `batch_norm` says
-    whether the model has BatchNorm. Stretches are missing from the end where the peer ran out of memory: `note` says so.
+    whether the model has BatchNorm. Where the peer ran out of memory stretches are missing from the end, and `note`
+    says so.
     """
 
     cuts: tuple[str, ...]
@@ -178,8 +179,8 @@ class Flow(NamedTuple):
 class Tally(Record, frozen=True):
     """What a job did, counted. Sums are over samples; `step_seconds` counts steps by duration bucket.
 
-    `seconds` and `idle` are wall time in the job and the part of it spent waiting for the other side, `busy` the
-    seconds of forward, backward and optimizer's step in it. `flow` is what came in from the other side.
+    `seconds` and `idle` are wall time in the job and the part of it spent waiting for the other side, `busy` the part
+    spent on loading batches, forward, backward and optimizer's step. `flow` is what came in from the other side.
     `traffic` is filled in by the broker: bytes by kind, up and down as seen from the client.
     """
 
@@ -221,15 +222,17 @@ class Held(Record, frozen=True):
 class Span(NamedTuple):
     """What a peer did when: `begin` on the broker's clock, in seconds; step and micro-batch −1 where it has none.
 
-    `lane` says who: the thread that computes, the way up or the way down.
+    `lane` says who: the thread that computes, the way out of this peer (`up`) or the way in (`down`). `client` is
+    whose job it was, where a server did it.
     """
 
     lane: Literal["compute", "up", "down"]
     name: str
-    begin: float
-    seconds: float
+    begin: Finite
+    seconds: Amount
     step: int = -1
     micro: int = -1
+    client: int = -1
 
 
 class Prepared(Record, frozen=True):

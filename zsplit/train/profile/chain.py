@@ -13,8 +13,8 @@ from torch import Tensor
 from zsplit.config import Config
 from zsplit.model import DeferredBatchNorm, randomness
 from zsplit.train.half import Workshop, make_optimizer
-from zsplit.train.overhead import Clock
-from zsplit.train.witness import Witness
+from zsplit.train.profile.overhead import Clock
+from zsplit.train.profile.witness import Witness
 
 Moment = Any
 """A moment on a device's time line: seconds, or a CUDA event."""

@@ -9,10 +9,10 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from zsplit.config import Config
-from zsplit.train.chain import Chain, Flight, OutOfMemory, Seconds, room
 from zsplit.train.half import Workshop
-from zsplit.train.overhead import Clock, batch_seconds, message_seconds
-from zsplit.train.witness import Witness
+from zsplit.train.profile.chain import Chain, Flight, OutOfMemory, Seconds, room
+from zsplit.train.profile.overhead import Clock, batch_seconds, message_seconds
+from zsplit.train.profile.witness import Witness
 from zsplit.wire.messages import Profile, Stretch
 
 Peer = Literal["client", "server"]
