@@ -10,11 +10,33 @@ from msgspec import inspect as kinds
 
 from zsplit.config import Config, load_config
 from zsplit.wire.manifest import digest_of
-from zsplit.wire.messages import Evaluate, Init, Job, Lease, Merge, Prepared, Tally, Turn
-from zsplit_broker.events import Done, Entry, Event, Instruction, Joined, Ready, Started, Stored
-from zsplit_broker.scheduler import Peer, Scheduler, Work
+from zsplit.wire.messages import (
+    Evaluate,
+    Flow,
+    Init,
+    Job,
+    Lease,
+    LinkSpeed,
+    Measure,
+    Merge,
+    Plan,
+    Prepared,
+    Profile,
+    Stretch,
+    Tally,
+    Turn,
+)
+from zsplit_broker.events import Decide, Done, Entry, Event, Instruction, Joined, Planned, Ready, Started, Stored
+from zsplit_broker.scheduler import Scheduler
+from zsplit_broker.work import Peer, Work, client_of
 
 NO_SUCH_LEASE = Lease(99, 99)
+
+STRETCH = Stretch(forward=(0.01, 0.03), backward=(0.02, 0.06), step=0.001, saved=100.0, weights=1000)
+
+PROFILE = Profile(cuts=("relu", "pool"), up=(400.0, 100.0), down=(400.0, 100.0), sizes=(1, 4), stretches=(STRETCH,) * 3)
+
+LINK = LinkSpeed(up=1e6, down=2e6, rtt=0.01)
 
 unhurried = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 """For a machine that is busy otherwise: how long an example takes is no finding."""
@@ -86,6 +108,10 @@ def configs(draw: st.DrawFn, policies: tuple[str, ...] = ("round_robin", "parall
         "schedule__weighting": draw(st.sampled_from(["samples", "uniform"])),
         "train__batch_size": draw(st.integers(1, 8)),
         "train__local_epochs": draw(st.integers(1, 2)),
+        "train__micro_batches": draw(st.sampled_from([1, "auto"])),
+        "model__cut": draw(st.sampled_from(["", "auto"])),
+        "plan__predict": draw(st.booleans()),
+        "plan__quiet": draw(st.booleans()),
     }
     if keys["schedule__policy"] == "parallel":
         keys["schedule__aggregate_every"] = draw(st.sampled_from([-1, 1, 2, 5]))
@@ -161,22 +187,30 @@ class Play:
         for peer in self.peers:
             for job in self.scheduler.jobs(peer):
                 events += self._reports(peer, job, self.scheduler.work[job.lease])
+        if self.scheduler.plans.deciding is not None:
+            events.append(planned(self.config, self.scheduler.plans.deciding))
         return events + [Stored(digest) for digest in self.scheduler.storing]
 
     def _reports(self, peer: Peer, job: Job, work: Work) -> Iterable[Event]:
         role = peer[0]
-        if role == "server" and isinstance(job, Turn | Evaluate) and not work.ready:
+        if role == "server" and client_of(job) is not None and not work.ready:
             yield Ready(job.lease)
-        elif role not in work.done and not (role == "server" and isinstance(job, Evaluate)):
+        elif role not in work.done and (role == "client" or client_of(job) is None or isinstance(job, Turn)):
             yield self.done(peer, job)
 
     def done(self, peer: Peer, job: Job) -> Done:
         """Return the report of a job that went well."""
+        side = "client" if peer[0] == "client" else "server"
+        if isinstance(job, Measure):
+            return Done(job.lease, side, "", Tally(), PROFILE, LINK if side == "client" else None)
         digest = digest_of(b"" if self.still else f"{job.lease} {peer}".encode())
-        return Done(job.lease, "client" if peer[0] == "client" else "server", digest, self.tally(peer, job))
+        return Done(job.lease, side, digest, self.tally(peer, job))
 
     def tally(self, peer: Peer, job: Job) -> Tally:
-        """Return figures that can be told apart when they are added up: one second a job, half of it idle."""
+        """Return figures that can be told apart when they are added up: one second a job, half of it idle.
+
+        What comes in is faster from lease to lease, and slow again.
+        """
         steps = job.count if isinstance(job, Turn) else 1
         samples = self.samples(job)
         traffic = {} if peer[0] == "server" else {"smashed": (100 * steps, 0), "gradients": (0, 10 * steps)}
@@ -188,6 +222,8 @@ class Play:
             top5=samples,
             seconds=1.0,
             idle=0.5,
+            busy=0.25,
+            flow=Flow(2**20 * (1 + job.lease.number % 3), 1.0, 1),
             step_seconds={0: steps},
             traffic=traffic,
         )
@@ -201,7 +237,7 @@ class Play:
                 return sum(min(batch, size - s % per_epoch * batch) for s in range(first, first + count))
             case Evaluate(client=client, part=part):
                 return int(getattr(self.shards[client], part))
-            case Init() | Merge():
+            case Init() | Merge() | Measure():
                 return 0
 
     def go_on(self, choose: Callable[[list[Event]], Event] = lambda due: due[0], events: int = 10_000) -> "Play":
@@ -214,6 +250,16 @@ class Play:
         return self
 
 
+def planned(config: Config, asked: Decide) -> Planned:
+    """Return what a planner may say: what is fixed, else for every other round something better."""
+    clients = range(config.schedule.clients)
+    if asked.current and asked.round % 2 == 0:
+        fixed = asked.round == 0
+        return Planned(0, asked.current, dict.fromkeys(clients, 0.5)) if fixed else Planned(asked.round)
+    plan = Plan(cut="pool", micro_batches=1 + asked.round, window=1 + asked.round)
+    return Planned(asked.round, dict.fromkeys(clients, plan), dict.fromkeys(clients, 0.25), "planned")
+
+
 def fingerprint(scheduler: Scheduler) -> tuple[object, ...]:
     """Return all that a scheduler knows, to compare two of them."""
     work = [(lease, w.job, w.ready, list(w.done.items())) for lease, w in scheduler.work.items()]
@@ -222,8 +268,10 @@ def fingerprint(scheduler: Scheduler) -> tuple[object, ...]:
         (scheduler.phase, scheduler.outcome, list(scheduler.peers.items())),
         (scheduler.epoch, scheduler.number, work),
         (scheduler.round, scheduler.stages, scheduler.stage, scheduler.version),
-        (scheduler.contributions, scheduler.storing, scheduler.stored),
+        (scheduler.contributions, scheduler.storing, scheduler.stored, scheduler.unsettled),
         (scheduler.history, scheduler.test, scheduler.began),
+        (scheduler.plans.situation, scheduler.plans.deciding, scheduler.plans.made),
+        (scheduler.plans.current, scheduler.plans.predicted),
     )
 
 

@@ -6,6 +6,7 @@ from collections import Counter
 from pathlib import Path
 from random import Random
 
+import msgspec
 import pytest
 from helpers import Play, anything, config_of, configs, sizes_for, unhurried
 from hypothesis import given
@@ -13,14 +14,28 @@ from hypothesis import strategies as st
 
 from zsplit.config import load_config
 from zsplit.errors import ConfigError, StorageError
-from zsplit.wire.messages import Evaluate, Prepared, Tally, Turn, bucket_of
-from zsplit_broker.events import Grant, Stopped
+from zsplit.plan import Situation
+from zsplit.wire.messages import Evaluate, Flow, Merge, Plan, Prepared, Tally, Turn, bucket_of
+from zsplit_broker.events import Close, Grant, Open, Planned, Stopped
 from zsplit_broker.journal import Journal
-from zsplit_broker.record import append_metrics, choose_folder, create_folder, remove_folder, summarise, write_summary
+from zsplit_broker.record import (
+    append_metrics,
+    choose_folder,
+    create_folder,
+    read_plans,
+    remove_folder,
+    write_plans,
+    write_situation,
+    write_summary,
+)
+from zsplit_broker.scheduler import Scheduler
+from zsplit_broker.summary import summarise
 from zsplit_broker.tally import NOTHING, add, mean, quantile
 from zsplit_broker.versions import Versions
 
 FOLDER = Path("runs") / "digits-1"
+
+PLANNED = Planned(0, {0: Plan(cut="relu"), 1: Plan(cut="pool", micro_batches=4, window=2)}, {0: 0.1, 1: 0.2}, "why")
 
 # Where it lies
 
@@ -94,6 +109,38 @@ def test_a_summary_replaces_the_one_before_and_leaves_nothing_else(tmp_path: Pat
     assert [path.name for path in tmp_path.iterdir()] == ["summary.json"]
 
 
+def test_plans_are_read_back_as_they_were_written_by_a_run_with_as_many_clients(tmp_path: Path) -> None:
+    later = Planned(3, PLANNED.plans)
+    write_plans(tmp_path, [PLANNED])
+    write_plans(tmp_path, [PLANNED, later])
+    file = str(tmp_path / "plan.json")
+    assert read_plans(config_of(plan__file=file, schedule__clients=2)) == [PLANNED, later]
+    assert [path.name for path in tmp_path.iterdir()] == ["plan.json"]
+    with pytest.raises(ConfigError, match="has none for client 2 in round 0"):
+        read_plans(config_of(plan__file=file, schedule__clients=3))
+
+
+def test_a_config_without_a_plans_file_has_no_plans() -> None:
+    assert read_plans(config_of(model__cut="auto")) == []
+
+
+def test_a_plan_that_is_not_there_or_is_none_is_said_in_a_sentence(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="No such file or directory"):
+        read_plans(config_of(plan__file=str(tmp_path / "plan.json")))
+    (tmp_path / "plan.json").write_text("{}")
+    with pytest.raises(ConfigError, match="is no plan of this version"):
+        read_plans(config_of(plan__file=str(tmp_path / "plan.json")))
+
+
+def test_what_a_plan_was_made_from_is_kept_whole(tmp_path: Path) -> None:
+    play = Play(config_of(model__cut="auto", schedule__clients=2)).begin()
+    while play.scheduler.plans.situation is None:
+        play.go_on(events=1)
+    write_situation(tmp_path, play.scheduler.plans.situation)
+    text = (tmp_path / "profile.json").read_bytes()
+    assert msgspec.json.decode(text, type=Situation) == play.scheduler.plans.situation
+
+
 def test_a_folder_that_has_gone_is_said_in_a_sentence(tmp_path: Path) -> None:
     with pytest.raises(StorageError, match="what was stored is intact"):
         write_summary(tmp_path / "gone", {})
@@ -110,6 +157,8 @@ def test_a_folder_that_was_made_in_vain_goes_again_but_nothing_of_anybody_elses(
     Journal.open(folder, {"run": "r1"}).close()
     Versions(folder / "versions").close()
     write_summary(folder, {})
+    write_situation(folder, Situation("parallel", (), ()))
+    write_plans(folder, [PLANNED])
     for name in theirs:
         (folder / name).write_text("dear")
     remove_folder(folder)
@@ -147,7 +196,7 @@ def test_the_summary_adds_up_to_what_was_granted(play: Play) -> None:
         "kinds": {"gradients": {"up": 0, "down": 10 * steps}, "smashed": {"up": 100 * steps, "down": 0}},
     }
     assert summary["step_seconds"] == {"median": 1.0, "p95": 1.0}
-    assert summary["idle"]["client"] == 0.5
+    assert summary["bubble"]["client"] == 0.5
     json.dumps(summary, allow_nan=False)
 
 
@@ -181,6 +230,67 @@ def test_the_summary_has_what_it_promises() -> None:
     assert summary["versions"][-1] == summary["stored"][-1]
     assert summary["seconds"] == len(play.log) - 1 - len(play.peers)  # a second each, from when all are there
     assert 0 <= summary["idle"]["server"] <= 1
+
+
+def test_the_summary_has_each_clients_plan_and_the_median_of_their_predictions() -> None:
+    config = config_of(model__cut="auto", plan__file="plan.json", schedule__clients=2, run__rounds=1)
+    play = Play(config)
+    play.tell(PLANNED)
+    play.begin().go_on()
+    summary = summarise(play.scheduler, "r1", FOLDER)
+    assert summary["plan"] == {
+        "0": {"cut": "relu", "micro_batches": 1, "window": 1, "up": "raw", "down": "raw"},
+        "1": {"cut": "pool", "micro_batches": 4, "window": 2, "up": "raw", "down": "raw"},
+    }
+    assert summary["predicted_step_seconds"] == pytest.approx(0.15)
+    assert summary["cut"] == "relu, pool"
+
+
+def test_without_a_measurement_nothing_is_predicted_and_the_plan_is_the_configured_one() -> None:
+    play = Play(config_of(schedule__clients=2, run__rounds=1, train__micro_batches=2)).begin().go_on()
+    summary = summarise(play.scheduler, "r1", FOLDER)
+    assert summary["predicted_step_seconds"] is None
+    assert [plan["micro_batches"] for plan in summary["plan"].values()] == [2, 2]
+
+
+@unhurried
+@given(finished())
+def test_idle_is_what_of_the_training_was_not_computed_and_a_bubble_what_of_the_turns(play: Play) -> None:
+    config, summary = play.config, summarise(play.scheduler, "r1", FOLDER)
+    wall = sum(record.training for record in play.scheduler.history)
+    opened = [said.job for said in play.said if isinstance(said, Open) and isinstance(said.job, Turn | Merge)]
+    turns = [job for job in opened if isinstance(job, Turn)]
+    clients, servers = range(config.schedule.clients), [index for role, index in play.peers if role == "server"]
+    assert summary["idle"]["clients"] == {
+        str(c): pytest.approx(1 - 0.25 * sum(turn.client == c for turn in turns) / wall) for c in clients
+    }
+    assert summary["idle"]["servers"] == {
+        str(k): pytest.approx(1 - 0.25 * sum(job.server == k for job in opened) / wall) for k in servers
+    }
+    for role in ("client", "server"):
+        each = summary["idle"][role + "s"].values()
+        assert summary["idle"][role] == pytest.approx(sum(each) / len(each))
+    assert set(summary["bubble"]["clients"].values()) <= {0.5, None}
+    open_ = open_seconds(play)
+    assert summary["bubble"]["servers"] == {
+        str(k): pytest.approx(1 - 0.25 * sum(turn.server == k for turn in turns) / open_[k]) if open_[k] else None
+        for k in servers
+    }
+
+
+def open_seconds(play: Play) -> Counter[int]:
+    """Return the seconds in which at least one turn was open at each server, from what the scheduler said."""
+    again = Scheduler(play.config)
+    open_: Counter[int] = Counter()
+    seconds: Counter[int] = Counter()
+    now = 0.0
+    for entry in play.log:
+        seconds.update({server: entry.at - now for server, turns in open_.items() if turns})
+        now = entry.at
+        for said in again.handle(entry):
+            if isinstance(said, Open | Close) and isinstance(said.job, Turn):
+                open_[said.job.server] += 1 if isinstance(said, Open) else -1
+    return seconds
 
 
 def test_losses_and_accuracies_in_the_summary_are_those_of_the_latest_round_that_has_any() -> None:
@@ -222,8 +332,9 @@ def test_tallies_add_up_field_by_field(tallies: list[Tally]) -> None:
     total = add(tallies)
     for name in ("steps", "samples", "top1", "top5"):
         assert getattr(total, name) == sum(getattr(tally, name) for tally in tallies)
-    for name in ("loss_sum", "seconds", "idle"):
+    for name in ("loss_sum", "seconds", "idle", "busy"):
         assert getattr(total, name) == sum(getattr(tally, name) for tally in tallies)
+    assert total.flow == tuple(sum(parts) for parts in zip(*(tally.flow for tally in [NOTHING, *tallies]), strict=True))
     buckets: Counter[int] = Counter()
     for tally in tallies:
         buckets.update(tally.step_seconds)
@@ -235,7 +346,8 @@ def test_tallies_add_up_field_by_field(tallies: list[Tally]) -> None:
 
 
 def test_nothing_adds_nothing() -> None:
-    tally = Tally(steps=1, samples=2, loss_sum=0.5, step_seconds={3: 1}, traffic={"labels": (1, 0)})
+    came = Flow(100, 0.5, 2)
+    tally = Tally(steps=1, samples=2, loss_sum=0.5, flow=came, step_seconds={3: 1}, traffic={"labels": (1, 0)})
     assert add([]) == NOTHING
     assert add([NOTHING, tally, NOTHING]) == tally
 

@@ -12,12 +12,15 @@ from typing import Any
 import msgspec
 import pytest
 from helpers import (
+    LINK,
     NO_SUCH_LEASE,
+    PROFILE,
     Play,
     anything,
     config_of,
     configs,
     fingerprint,
+    planned,
     sizes_for,
     through_the_journal,
     unhurried,
@@ -48,6 +51,7 @@ from zsplit.wire.messages import (
     Init,
     Job,
     Lease,
+    Measure,
     Merge,
     Orders,
     Plan,
@@ -65,11 +69,12 @@ from zsplit.wire.messages import (
     Welcome,
 )
 from zsplit_broker.bulletin import Bulletin
-from zsplit_broker.events import Close, Done, Entry, Event, Joined, Lost, Ready, Started, Store, Stored
-from zsplit_broker.record import summarise
+from zsplit_broker.events import Close, Decide, Done, Entry, Event, Joined, Lost, Planned, Ready, Started, Store, Stored
 from zsplit_broker.relay import BROKER, Route, peer_of
 from zsplit_broker.router import Outgoing, Router
-from zsplit_broker.scheduler import Peer, Scheduler
+from zsplit_broker.scheduler import Scheduler
+from zsplit_broker.summary import summarise
+from zsplit_broker.work import Peer, client_of
 
 SMASHED = TensorMeta("smashed", "F32", (2, 3), "raw", 24)
 LABELS = TensorMeta("labels", "I64", (2,), "raw", 16)
@@ -102,6 +107,7 @@ class Desk:
         self.router = Router(self.config, self.scheduler, RUN, (5758, 5759), lambda: next(tokens))
         self.log: list[Event] = []
         self.stores: list[str] = []
+        self.asked: list[Decide] = []
         self.probed: list[bytes] = []
         self._ids = count()
         self.take([Started(1)])
@@ -115,6 +121,8 @@ class Desk:
                     self.router.relay.forget(said.job.lease)
                 elif isinstance(said, Store):
                     self.stores.append(said.ref.digest)
+                elif isinstance(said, Decide):
+                    self.asked.append(said)
             self.scheduler.check()
 
     def routing_id(self) -> bytes:
@@ -174,6 +182,11 @@ class Desk:
         """Let the disk be ready."""
         while self.stores:
             self.take([Stored(self.stores.pop(0))])
+
+    def planned(self) -> None:
+        """Let the planner answer."""
+        while self.asked:
+            self.take([planned(self.config, self.asked.pop(0))])
 
     def job(self, member: Member) -> Any:
         (job,) = self.orders(member).jobs
@@ -820,6 +833,102 @@ def test_what_was_counted_for_a_lease_is_forgotten_with_it() -> None:
     assert stage.router.relay.traffic == {}
 
 
+# Measuring
+
+
+class Survey(Desk):
+    """A client and a server that measured itself, and now the link between the two."""
+
+    def __init__(self, **keys: object) -> None:
+        super().__init__(**{"schedule__clients": 1, "model__cut": "auto", "train__micro_batches": "auto"} | keys)
+        self.server, self.client = self.join("server"), self.join("client", 0)
+        self.alone: Measure = self.job(self.server)
+        self.first = self.done(self.server, self.alone, profile=PROFILE)
+        self.measure: Measure = self.job(self.server)
+
+    def begin(self) -> None:
+        self.beat(self.server, Held(lease=self.measure.lease, state="ready"))
+
+
+def test_a_server_measures_itself_without_being_ready_first() -> None:
+    survey = Survey()
+    assert (survey.alone.client, survey.measure.client) == (-1, 0)
+    assert survey.first == [Done(survey.alone.lease, "server", digest_of(b"server.0"), Tally(), PROFILE)]
+
+
+def test_what_a_client_measured_is_reported_with_its_link() -> None:
+    survey = Survey()
+    assert survey.orders(survey.client).jobs == ()
+    survey.begin()
+    assert survey.orders(survey.client).jobs == (survey.measure,)
+    (event,) = survey.done(survey.client, survey.measure, profile=PROFILE, link=LINK)
+    assert (event.profile, event.link) == (PROFILE, LINK)
+    assert through_the_journal(Entry(0.0, event)).event == event
+    assert survey.scheduler.phase == "planning"
+
+
+def test_probes_pass_between_a_client_that_measures_and_its_server_and_nothing_else_does() -> None:
+    survey = Survey()
+    server, client, lease = survey.server, survey.client, survey.measure.lease
+    probe = {"kind": "probe"}
+    assert survey.send(client, survey.tensors(client, lease, **probe)) is None
+    survey.begin()
+    assert survey.send(client, survey.tensors(client, lease, **probe)) == Route(server.data)
+    assert survey.send(server, survey.tensors(server, lease, **probe)) == Route(client.data)
+    for kind in ("train", "eval", "predict"):
+        assert survey.send(client, survey.tensors(client, lease, kind=kind)) is None
+    survey.done(client, survey.measure, profile=PROFILE, link=LINK)
+    assert survey.send(client, survey.tensors(client, lease, **probe)) is None
+
+
+def test_probes_do_not_pass_under_a_turn() -> None:
+    stage = Stage()
+    client = stage.clients[0]
+    assert stage.send(client, stage.tensors(client, stage.turns[0].lease, kind="probe")) is None
+
+
+def test_no_progress_is_asked_of_a_peer_that_measures() -> None:
+    survey = Survey(link__progress_seconds=5.0)
+    survey.begin()
+    for _ in range(20):
+        for member in (survey.server, survey.client):
+            survey.beat(member, Held(lease=survey.measure.lease, state="running"))
+        assert survey.after(1.0) == []
+
+
+def states(desk: Desk) -> list[str]:
+    """Return the states of the run and its peers, in the order in which they came, as they are published."""
+    return [event.state for event in Bulletin(desk.scheduler, desk.router, RUN, "out").state(desk.now)]
+
+
+def test_who_measures_is_published_and_that_a_plan_is_made() -> None:
+    survey = Survey()
+    survey.begin()
+    survey.beat(survey.client, Held(lease=survey.measure.lease, state="running"))
+    assert states(survey) == ["measuring", "measuring", "measuring"]
+    survey.done(survey.client, survey.measure, profile=PROFILE, link=LINK)
+    assert states(survey) == ["planning", "waiting", "waiting"]
+    bulletin = Bulletin(survey.scheduler, survey.router, RUN, "out")
+    assert bulletin.run_event().cut == "auto"
+    survey.planned()
+    assert bulletin.run_event().cut == "pool"
+    assert states(survey) == ["storing", "initialising", "waiting"]
+
+
+def test_what_a_plan_says_is_logged_and_one_that_stays_is_not() -> None:
+    survey = Survey()
+    bulletin = Bulletin(survey.scheduler, survey.router, RUN, "out")
+    assert [log.text for log in bulletin.logs(Planned(0, {0: Plan(cut="relu")}, {}, "cut relu"))] == ["cut relu"]
+    assert list(bulletin.logs(Planned(1))) == []
+
+
+def test_the_plans_of_an_earlier_run_are_logged_as_such() -> None:
+    desk = Desk(plan__file="plan.json")
+    bulletin = Bulletin(desk.scheduler, desk.router, RUN, "out")
+    (log,) = bulletin.logs(Planned(2, {}, {}, "the uplink fell"))
+    assert log.text == "as planned before, from round 3 on: the uplink fell"
+
+
 # Orders
 
 
@@ -884,7 +993,7 @@ class Actor:
         """Bring every job a step further. A server's side of a turn is done when its client's is."""
         for job in self.orders.jobs:
             state = self.held[job.lease].state if job.lease in self.held else ""
-            if self.member.role == "client" or isinstance(job, Init | Merge):
+            if self.member.role == "client" or client_of(job) is None:
                 self._hold(job, "done" if state else "opening")
             elif state != "ready":
                 self._hold(job, "ready")
@@ -893,7 +1002,8 @@ class Actor:
 
     def _hold(self, job: Job, state: Any) -> None:
         digest = digest_of(f"{job.lease} {self.member.name}".encode()) if state == "done" else ""
-        self.held[job.lease] = Held(lease=job.lease, state=state, digest=digest)
+        found = {"profile": PROFILE, "link": LINK} if isinstance(job, Measure) and state == "done" else {}
+        self.held[job.lease] = Held(lease=job.lease, state=state, digest=digest, **found)
 
 
 @st.composite
@@ -916,7 +1026,7 @@ def conversation(desk: Desk, cast: list[Actor], random: Random) -> Iterator[list
     clients = {actor.member.index: actor for actor in cast if actor.member.role == "client"}
     while desk.scheduler.outcome is None:
         actor = random.choice(cast)
-        match random.choice(["beat", "lost", "doubled", "unanswered", "work", "disk"]):
+        match random.choice(["beat", "lost", "doubled", "unanswered", "work", "disk", "planner"]):
             case "beat":
                 yield actor.beat()
                 actor.obey(desk.orders(actor.member))
@@ -932,6 +1042,8 @@ def conversation(desk: Desk, cast: list[Actor], random: Random) -> Iterator[list
                 actor.work(clients)
             case "disk":
                 desk.stored()
+            case "planner":
+                desk.planned()
 
 
 @unhurried

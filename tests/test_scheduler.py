@@ -7,13 +7,16 @@ from random import Random
 import msgspec
 import pytest
 from helpers import (
+    LINK,
     NO_SUCH_LEASE,
+    PROFILE,
     Play,
     anything,
     config_of,
     configs,
     equal_shards,
     fingerprint,
+    planned,
     sizes_for,
     through_the_journal,
     unhurried,
@@ -23,10 +26,13 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from zsplit.errors import StorageError
-from zsplit.wire.messages import Evaluate, Init, Lease, Merge, Prepared, Tally, Turn
+from zsplit.plan import Situation
+from zsplit.wire.messages import Evaluate, Init, Lease, Measure, Merge, Plan, Prepared, Tally, Turn
+from zsplit_broker.archive import KEPT_VERSIONS
 from zsplit_broker.events import (
     Announce,
     Close,
+    Decide,
     Discard,
     Done,
     Entry,
@@ -37,6 +43,7 @@ from zsplit_broker.events import (
     Joined,
     Lost,
     Open,
+    Planned,
     Ready,
     Started,
     Stopped,
@@ -45,7 +52,11 @@ from zsplit_broker.events import (
 )
 from zsplit_broker.policy import participants, stages_of
 from zsplit_broker.relay import refs_of
-from zsplit_broker.scheduler import KEPT_VERSIONS, Peer, Scheduler, restore
+from zsplit_broker.scheduler import Scheduler, restore
+from zsplit_broker.survey import measures, plans_itself
+from zsplit_broker.work import Peer, client_of
+
+NOWHERE = Situation("parallel", (), ())
 
 ROUND_ROBIN = {"schedule__policy": "round_robin", "schedule__clients": 3}
 
@@ -77,6 +88,8 @@ class Ledger:
         self.waiting: set[str] = set()
         self.disk: set[str] = set()
         self.discarded: set[str] = set()
+        self.announced: list[int] = []
+        self.asked = 0
 
     def written(self, digest: str) -> None:
         """The disk has it before the scheduler knows."""
@@ -100,6 +113,10 @@ class Ledger:
             case Discard(digest):
                 self.disk.remove(digest)
                 self.discarded.add(digest)
+            case Announce(round_):
+                self.announced.append(round_)
+            case Decide():
+                self.asked += 1
 
     def newest(self) -> list[str]:
         """Return the newest of the versions that were written, in the order in which they were trained."""
@@ -161,6 +178,16 @@ class Mischief(RuleBasedStateMachine):
         if isinstance(event, Stored) or event.lease not in self.play.scheduler.work:
             self.assert_ignored(event)
 
+    @precondition(lambda self: self.play.scheduler.plans.deciding is None and self.play.scheduler.phase != "waiting")
+    @rule(event=anything(Planned))
+    def plan_unasked(self, event: Planned) -> None:
+        self.assert_ignored(event)
+
+    @precondition(lambda self: self.play.scheduler.phase == "waiting")
+    @rule(round_=st.integers(0, 2))
+    def bring_a_plan(self, round_: int) -> None:
+        self.tell(planned(self.play.config, Decide(round_, NOWHERE)))
+
     @rule(epoch=st.integers(1, 3), number=st.integers(0, 40), side=st.sampled_from(["client", "server"]))
     def report_for_some_lease(self, epoch: int, number: int, side: str) -> None:
         lease = Lease(epoch, number)
@@ -198,16 +225,36 @@ class Mischief(RuleBasedStateMachine):
         work = self.play.scheduler.work
         assert self.ledger.open.keys() == work.keys()
         for lease, granted in self.ledger.open.items():
-            assert granted == (work[lease].ready and isinstance(work[lease].job, Turn | Evaluate))
+            assert granted == (work[lease].ready and client_of(work[lease].job) is not None)
         assert self.ledger.waiting == self.play.scheduler.storing.keys()
+        assert self.ledger.announced == [record.round for record in self.play.scheduler.history]
 
     @invariant()
-    def nobody_has_two_jobs_and_round_robin_one_turn(self) -> None:
-        scheduler = self.play.scheduler
+    def only_round_robin_evaluates_beside_other_work_and_it_has_one_turn(self) -> None:
+        scheduler, parallel = self.play.scheduler, self.play.config.schedule.policy == "parallel"
         for i in range(self.play.config.schedule.clients):
-            assert len(scheduler.jobs(("client", i))) <= 1
+            jobs = scheduler.jobs(("client", i))
+            assert len(jobs) <= (1 if parallel else 2)
+            assert sum(not isinstance(job, Evaluate) for job in jobs) <= 1
         turns = [work.job for work in scheduler.work.values() if isinstance(work.job, Turn)]
-        assert self.play.config.schedule.policy == "parallel" or len(turns) <= 1
+        assert parallel or len(turns) <= 1
+
+    @invariant()
+    def a_round_is_recorded_when_its_version_is_stored_and_evaluated_and_not_before(self) -> None:
+        scheduler = self.play.scheduler
+        open_ = {work.job.round for work in scheduler.work.values() if isinstance(work.job, Evaluate)}
+        assert not open_ & {record.round for record in scheduler.history}
+        assert not {record.version for record in scheduler.history} & (self.ledger.waiting - self.ledger.disk)
+        if scheduler.unsettled and scheduler.outcome is None:
+            first, version = next(iter(scheduler.unsettled.items()))
+            assert first in open_ or version.digest in scheduler.storing
+
+    @invariant()
+    def one_plan_is_asked_for_at_a_time(self) -> None:
+        scheduler = self.play.scheduler
+        answered = sum(isinstance(entry.event, Planned) for entry in self.play.log)
+        assert scheduler.plans.deciding is None or self.ledger.asked >= 1
+        assert self.ledger.asked <= answered + (scheduler.plans.deciding is not None)
 
     @invariant()
     def the_newest_versions_are_on_the_disk(self) -> None:
@@ -257,6 +304,13 @@ def test_a_run_with_obedient_peers_ends_with_everything_done_once(play: Play, ra
     )
     assert [merge.round for merge in opened(play, Merge)] == [r for r in rounds for _ in stages[r]]
     assert len(opened(play, Init)) == 1
+    measured = Counter((job.server, job.client) for job in opened(play, Measure))
+    assert set(measured.values()) <= {1}
+    alone = [(server, -1) for role, server in play.peers if role == "server"]
+    assert len(measured) == (len(alone) + config.schedule.clients if measures(config) else 0)
+    assert (any(isinstance(said, Decide) for said in play.said)) == measures(config)
+    plans_made = {turn.plan.cut for turn in turns_of(play)}
+    assert plans_made == ({"pool"} if plans_itself(config) else {"relu"})
 
 
 @unhurried
@@ -272,6 +326,7 @@ def test_every_client_with_data_evaluates_when_it_is_due_and_tests_once(play: Pl
     assert evaluations == Counter(expected)
     assert play.scheduler.test.samples == sum(shard.test for shard in play.shards)
     validated = [record.validation.samples for record in play.scheduler.history]
+    assert [record.round for record in play.scheduler.history] == list(range(config.run.rounds))
     assert validated == [sum(s.validation for s in play.shards) if r in due else 0 for r in range(config.run.rounds)]
 
 
@@ -293,6 +348,7 @@ def test_rounds_add_up_exactly_and_their_versions_are_stored(play: Play, random:
     assert {record.version for record in play.scheduler.history} <= set(stored)
     assert play.scheduler.stored[-1] == play.scheduler.history[-1].version
     assert sum(record.seconds for record in play.scheduler.history) < play.scheduler.seconds
+    assert all(0 < record.training <= record.seconds for record in play.scheduler.history)
 
 
 @unhurried
@@ -439,7 +495,7 @@ def test_a_turn_names_everything_that_it_depends_on() -> None:
 
 
 def test_a_window_that_is_not_set_is_the_whole_step() -> None:
-    assert Play(config_of(train__micro_batches=4)).begin().scheduler.plan.window == 4
+    assert Play(config_of(train__micro_batches=4)).begin().scheduler.plan_of(0).window == 4
 
 
 def test_each_turn_of_round_robin_starts_from_what_the_one_before_left() -> None:
@@ -474,7 +530,7 @@ def test_parallel_turns_are_shared_out_to_the_servers_evenly() -> None:
 
 
 @unhurried
-@given(plays())
+@given(plays(("parallel",)))
 def test_no_server_ever_has_two_jobs_more_than_another(play: Play) -> None:
     play.begin()
     loads = []
@@ -513,19 +569,280 @@ def test_round_robin_commits_as_often_as_the_config_says(every: int, per_round: 
     assert sum(isinstance(said, Store) for said in play.said) == 1 + 2 * per_round
 
 
-def test_turns_go_on_while_a_version_is_being_stored_and_the_next_round_waits_for_it() -> None:
-    play = Play(config_of(**ROUND_ROBIN, run__rounds=2, run__commit_every=1)).begin().go_on(events=2)
-    play.go_on(lambda due: next(event for event in due if not isinstance(event, Stored)), events=4 * 3)
+def without_the_disk(play: Play) -> Play:
+    """Let everything happen but what the disk reports, until nothing is left."""
     while work := [event for event in play.due() if not isinstance(event, Stored)]:
         play.tell(work[0])
+    return play
+
+
+def test_parallel_turns_wait_for_the_version_of_the_round_before() -> None:
+    play = Play(config_of(run__rounds=2, schedule__clients=3)).begin().go_on(events=2)
+    without_the_disk(play)
     assert [(turn.round, turn.client) for turn in turns_of(play)] == [(0, 0), (0, 1), (0, 2)]
+    (held,) = play.due()
     assert play.scheduler.phase == "validating"
-    held = play.due()
-    assert len(held) == 3
-    for event in held:
-        assert play.scheduler.phase == "validating"
-        play.tell(event)
+    play.tell(held)
     assert (play.scheduler.phase, play.scheduler.round) == ("training", 1)
+
+
+def test_turns_go_on_while_a_version_is_being_stored_and_the_round_after_the_next_waits_for_it() -> None:
+    play = Play(config_of(**ROUND_ROBIN, run__rounds=4, run__commit_every=1)).begin().go_on(events=2)
+    without_the_disk(play)
+    assert [(turn.round, turn.client) for turn in turns_of(play)] == [(r, c) for r in (0, 1) for c in (0, 1, 2)]
+    assert (play.scheduler.phase, play.scheduler.history) == ("validating", [])
+    held = play.due()
+    assert len(held) == 6
+    for event in held[:3]:
+        assert play.scheduler.phase == "validating"
+        said = play.tell(event)
+    assert Announce(0) in said
+    assert (play.scheduler.phase, play.scheduler.round) == ("training", 2)
+    without_the_disk(play)
+    assert {turn.round for turn in turns_of(play)} == {0, 1, 2}
+
+
+# Round-robin evaluates beside the next round
+
+
+def without_evaluations(play: Play, rounds: set[int]) -> Play:
+    """Let everything happen but the end of these rounds' evaluations, until nothing is left."""
+
+    def waits(event: Event) -> bool:
+        job = play.scheduler.work[event.lease].job if isinstance(event, Done) else None
+        return isinstance(job, Evaluate) and job.round in rounds
+
+    while work := [event for event in play.due() if not waits(event)]:
+        play.tell(work[0])
+    return play
+
+
+def test_the_next_rounds_first_turn_opens_at_once_and_before_the_evaluations() -> None:
+    play = Play(config_of(**ROUND_ROBIN, run__rounds=2), servers=2).begin()
+    while len(opened(play, Merge)) < 3:
+        play.go_on(events=1)
+    (done,) = [event for event in play.due() if isinstance(event, Done)]
+    close, store, *jobs = play.tell(done)
+    assert [type(said) for said in (close, store)] == [Close, Store]
+    assert [(type(said.job), said.job.client) for said in jobs] == [
+        (Turn, 0),
+        (Evaluate, 0),
+        (Evaluate, 1),
+        (Evaluate, 2),
+    ]
+    assert [said.job.server for said in jobs] == [0, 1, 0, 1]
+    assert {said.job.base.digest for said in jobs} == {store.ref.digest}
+    assert [said.job.round for said in jobs] == [1, 0, 0, 0]
+
+
+def test_the_version_under_evaluation_is_kept_by_its_holder_while_training_goes_on() -> None:
+    play = Play(config_of(**ROUND_ROBIN, run__rounds=3)).begin()
+    without_evaluations(play, {0})
+    (evaluation,) = {job.base for job in opened(play, Evaluate) if job.round == 0}
+    assert evaluation.digest not in play.scheduler.storing
+    assert evaluation != play.scheduler.version
+    assert evaluation.digest in play.scheduler.kept(("server", 0))
+
+
+def test_a_round_whose_evaluation_is_late_holds_up_the_round_after_the_next() -> None:
+    play = Play(config_of(**ROUND_ROBIN, run__rounds=3)).begin()
+    without_evaluations(play, {0})
+    assert {turn.round for turn in turns_of(play)} == {0, 1}
+    assert (play.scheduler.phase, play.scheduler.history) == ("validating", [])
+    without_evaluations(play, {1})
+    assert {turn.round for turn in turns_of(play)} == {0, 1, 2}
+
+
+def test_rounds_are_announced_in_order_whichever_evaluation_ends_first() -> None:
+    play = Play(config_of(**ROUND_ROBIN, run__rounds=2)).begin()
+    without_evaluations(play, {0})
+    assert not [said for said in play.said if isinstance(said, Announce)]
+    play.go_on()
+    assert [said for said in play.said if isinstance(said, Announce)] == [Announce(0), Announce(1)]
+    assert [record.validation.samples for record in play.scheduler.history] == [12, 12]
+
+
+def test_the_test_waits_for_all_rounds() -> None:
+    play = Play(config_of(**ROUND_ROBIN, run__rounds=2)).begin()
+    without_evaluations(play, {0, 1})
+    assert not [job for job in opened(play, Evaluate) if job.part == "test"]
+    assert play.go_on().scheduler.outcome == Finish(True, "the run is finished")
+
+
+@unhurried
+@given(plays(("parallel",)), st.randoms(use_true_random=False))
+def test_parallel_rounds_begin_when_the_one_before_is_over(play: Play, random: Random) -> None:
+    play.begin().go_on(random.choice)
+    first = {}
+    for number, said in enumerate(play.said):
+        if isinstance(said, Open) and isinstance(said.job, Turn):
+            first.setdefault(said.job.round, number)
+    announced = {said.round: number for number, said in enumerate(play.said) if isinstance(said, Announce)}
+    assert all(announced[round_ - 1] < number for round_, number in first.items() if round_)
+
+
+# Measuring and planning
+
+AUTO = {"model__cut": "auto", "train__micro_batches": "auto", "schedule__clients": 2}
+
+
+def test_servers_measure_first_then_the_clients_one_at_a_time_while_the_others_are_quiet() -> None:
+    play = Play(config_of(**AUTO), servers=2).begin()
+    while play.scheduler.plans.deciding is None:
+        assert [len(play.scheduler.work), play.scheduler.phase] == [1, "measuring"]
+        play.go_on(events=1)
+    assert [(job.server, job.client) for job in opened(play, Measure)] == [(0, -1), (1, -1), (0, 0), (1, 1)]
+    assert play.scheduler.phase == "planning"
+
+
+def test_without_quiet_all_servers_measure_at_once_and_then_all_clients() -> None:
+    play = Play(config_of(**AUTO, plan__quiet=False), servers=2).begin()
+    assert [(job.server, job.client) for job in opened(play, Measure)] == [(0, -1), (1, -1)]
+    assert play.go_on(events=1).scheduler.phase == "measuring"
+    play.go_on(events=1)
+    assert [(job.server, job.client) for job in opened(play, Measure)][2:] == [(0, 0), (1, 1)]
+    assert len(play.scheduler.work) == 2
+
+
+def test_round_robin_measures_with_the_server_that_it_trains_with() -> None:
+    play = Play(config_of(**AUTO, schedule__policy="round_robin"), servers=2).begin().go_on()
+    assert [job.server for job in opened(play, Measure) if job.client >= 0] == [0, 0]
+    assert {turn.server for turn in turns_of(play)} == {0}
+
+
+def test_a_measurement_is_granted_when_its_server_is_ready_and_over_when_the_client_is_done() -> None:
+    play = Play(config_of(**AUTO)).begin().go_on(events=1)
+    (measure,) = [job for job in opened(play, Measure) if job.client == 0]
+    assert play.tell(Ready(measure.lease)) == [Grant(measure)]
+    assert play.scheduler.jobs(("client", 0)) == [measure]
+    close, *_ = play.tell(play.done(("client", 0), measure))
+    assert close == Close(measure)
+
+
+def test_the_situation_has_every_peers_profile_link_and_place() -> None:
+    config = config_of(**AUTO, train__batch_size=8, plan__min_cut=1, plan__client_memory_mb=64.0)
+    play = Play(config, equal_shards(config, train=20)).begin()
+    while play.scheduler.plans.deciding is None:
+        play.go_on(events=1)
+    (asked,) = [said for said in play.said if isinstance(said, Decide)]
+    situation = asked.situation
+    assert [(site.client, site.server, site.steps, site.batch) for site in situation.clients] == [
+        (0, 0, 3, 8),
+        (1, 0, 3, 8),
+    ]
+    assert {site.profile for site in (*situation.clients, *situation.servers)} == {PROFILE}
+    assert {site.link for site in situation.clients} == {LINK}
+    limits = situation.limits
+    assert (limits.cut, limits.micro_batches, limits.min_cut, limits.client_memory_mb) == ("", 0, "1", 64.0)
+    assert limits.slots == 1
+    assert (asked.round, asked.current) == (0, {})
+
+
+def test_nothing_is_initialised_before_there_is_a_plan_and_turns_have_it() -> None:
+    play = Play(config_of(**AUTO)).begin()
+    while play.scheduler.plans.deciding is None:
+        assert opened(play, Init) == []
+        play.go_on(events=1)
+    assert [type(event) for event in play.due()] == [Planned]
+    plans = {0: Plan(cut="relu", micro_batches=2), 1: Plan(cut="pool", micro_batches=8, window=3)}
+    (init,) = play.tell(Planned(0, plans, {0: 0.1, 1: 0.2}, "two plans"))
+    assert isinstance(init.job, Init)
+    play.go_on(events=4)
+    assert {turn.client: turn.plan for turn in opened(play, Turn)} == plans
+    assert (play.scheduler.plans.cut, play.scheduler.plans.predicted) == ("relu, pool", {0: 0.1, 1: 0.2})
+
+
+def test_fixed_plans_are_measured_where_a_prediction_is_asked_for_and_stay_fixed() -> None:
+    play = Play(config_of(plan__predict=True, schedule__clients=2, train__micro_batches=4)).begin()
+    while play.scheduler.plans.deciding is None:
+        play.go_on(events=1)
+    fixed = Plan(cut="relu", micro_batches=4, window=4)
+    assert play.scheduler.plans.deciding.current == {0: fixed, 1: fixed}
+    limits = play.scheduler.plans.deciding.situation.limits
+    assert (limits.cut, limits.micro_batches) == ("relu", 4)
+
+
+@pytest.mark.parametrize("keys", [{}, {"plan__predict": True, "plan__file": "plan.json"}])
+def test_nothing_is_measured_where_nobody_asks_for_it(keys: dict[str, object]) -> None:
+    play = Play(config_of(**keys)).begin()
+    assert isinstance(play.said[0].job, Init)
+
+
+def test_an_earlier_runs_plans_are_used_from_their_rounds_on_and_nothing_is_measured() -> None:
+    config = config_of(**AUTO, plan__file="plan.json", plan__predict=True, run__rounds=4)
+    play = Play(config)
+    play.tell(Started(1))
+    first, later = Plan(cut="relu"), Plan(cut="pool", micro_batches=2)
+    play.tell(Planned(0, {0: first, 1: first}))
+    play.tell(Planned(2, {0: first, 1: later}))
+    for peer in play.peers:
+        play.tell(play.joined(peer))
+    play.go_on()
+    assert opened(play, Measure) == []
+    assert not [said for said in play.said if isinstance(said, Decide)]
+    used = [(turn.round, turn.client, turn.plan) for turn in opened(play, Turn)]
+    assert used == [(r, c, later if r >= 2 and c else first) for r in range(4) for c in (0, 1)]
+
+
+@pytest.mark.parametrize("policy", ["parallel", "round_robin"])
+def test_another_plan_is_asked_for_when_a_round_went_otherwise_and_used_from_the_next_round_on(policy: str) -> None:
+    config = config_of(**AUTO, schedule__policy=policy, run__rounds=3, train__batch_size=4)
+    play = Play(config, equal_shards(config, train=20)).begin()
+    while len([said for said in play.said if isinstance(said, Decide)]) < 2:
+        play.go_on(events=1)
+    asked = play.scheduler.plans.deciding
+    assert asked is not None
+    assert (asked.round, asked.gain, asked.current) == (1, 0.1, play.scheduler.plans.current)
+    assert asked.why.keys() == {0, 1}
+    assert asked.situation != play.said
+    while work := [event for event in play.due() if not isinstance(event, Planned)]:
+        play.tell(work[0])
+    assert {turn.round for turn in turns_of(play)} == {0}
+    assert len(play.scheduler.history) == 1
+    better = Plan(cut="relu", micro_batches=16)
+    play.tell(Planned(1, {0: better, 1: better}, {0: 0.1, 1: 0.1}, "better"))
+    assert {turn.plan for turn in opened(play, Turn) if turn.round == 1} == {better}
+
+
+def test_plans_stay_where_none_is_better() -> None:
+    config = config_of(**AUTO, run__rounds=2, train__batch_size=4)
+    play = Play(config, equal_shards(config, train=20)).begin()
+    while len([said for said in play.said if isinstance(said, Decide)]) < 2:
+        play.go_on(events=1)
+    before = play.scheduler.plans.current
+    play.tell(Planned(1))
+    assert play.go_on().scheduler.plans.current == before
+    assert {turn.plan for turn in turns_of(play)} == set(before.values())
+
+
+def test_no_plan_is_asked_for_after_the_last_round() -> None:
+    config = config_of(**AUTO, run__rounds=1, train__batch_size=4)
+    play = Play(config, equal_shards(config, train=20)).begin().go_on()
+    assert len([said for said in play.said if isinstance(said, Decide)]) == 1
+
+
+def test_fixed_plans_are_not_asked_for_again() -> None:
+    config = config_of(plan__predict=True, run__rounds=3, train__batch_size=4)
+    play = Play(config, equal_shards(config, train=20)).begin().go_on()
+    assert not plans_itself(config)
+    assert len([said for said in play.said if isinstance(said, Decide)]) == 1
+
+
+@pytest.mark.parametrize(
+    ("who", "lacking", "sentence"),
+    [
+        ("server", {"profile": None}, "server 0 measured itself and sent no profile"),
+        ("client", {"profile": None}, "client 0 measured itself and sent no profile"),
+        ("client", {"link": None}, "client 0 measured itself and sent nothing about its link"),
+    ],
+)
+def test_a_measurement_that_is_none_ends_the_run(who: str, lacking: dict[str, None], sentence: str) -> None:
+    play = Play(config_of(**AUTO)).begin()
+    if who == "client":
+        play.go_on(events=2)
+    (event,) = [event for event in play.due() if isinstance(event, Done) and event.side == who]
+    *_, finish = play.tell(msgspec.structs.replace(event, **lacking))
+    assert finish == Finish(False, f"{sentence}. Nothing was stored yet: start the run again")
 
 
 def test_only_the_newest_two_versions_are_kept() -> None:

@@ -26,8 +26,8 @@ from zsplit.monitor.timeline.stretch import Extent, choose
 from zsplit.wire.messages import Span
 from zsplit_broker import timeline as written
 from zsplit_broker.disk import Writer
-from zsplit_broker.scheduler import Peer
 from zsplit_broker.timeline import SLACK, TIMELINE
+from zsplit_broker.work import Peer
 
 SVG = "{http://www.w3.org/2000/svg}"
 

@@ -17,21 +17,33 @@ if TYPE_CHECKING:
 @click.command()
 @click.argument("config", required=False, type=click.Path(path_type=Path))
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Set a key of the config; repeatable.")
+@click.option("--plan", default="", metavar="FILE", help="Use the plan.json of an earlier run again (plan.file).")
 @click.option("--out", help="The run's folder; it must not exist yet.  [default: runs/NAME-N]")
 @click.option("--json", "as_json", is_flag=True, help="Say where the broker listens as one line of JSON.")
 @click.option("--attached", is_flag=True, help="Stop when the standard input ends.")
 @click.option("--debug", is_flag=True, help="Show tracebacks.")
 def broker(
-    config: Path | None, overrides: tuple[str, ...], out: str | None, as_json: bool, attached: bool, debug: bool
+    config: Path | None,
+    overrides: tuple[str, ...],
+    plan: str,
+    out: str | None,
+    as_json: bool,
+    attached: bool,
+    debug: bool,
 ) -> None:
     """Hold a run's CONFIG and hand it out, route its tensors, decide whose turn it is."""
     try:
-        sys.exit(_run(load_config(config, overrides), out, as_json, attached))
+        sys.exit(_run(load_config(config, with_plan(overrides, plan)), out, as_json, attached))
     except ZsplitError as error:
         if debug:
             raise
         click.echo(f"zsplit broker: {error}", err=True)
         sys.exit(error.exit_code)
+
+
+def with_plan(overrides: tuple[str, ...], plan: str) -> tuple[str, ...]:
+    """Return the overrides with what `--plan FILE` stands for."""
+    return (*overrides, f"plan.file={plan}") if plan else overrides
 
 
 def _run(config: Config, out: str | None, as_json: bool, attached: bool) -> int:

@@ -15,12 +15,14 @@ from zsplit.wire.events import (
     encode_event,
     topic,
 )
-from zsplit.wire.messages import Evaluate, Held, Merge, Turn
-from zsplit_broker.events import Event, Joined, Lost, Stopped
+from zsplit.wire.messages import Evaluate, Held, Measure, Merge, Turn
+from zsplit_broker.books import RoundRecord
+from zsplit_broker.events import Event, Joined, Lost, Planned, Stopped
 from zsplit_broker.router import Router
-from zsplit_broker.scheduler import RoundRecord, Scheduler
+from zsplit_broker.scheduler import Scheduler
 from zsplit_broker.session import Session
-from zsplit_broker.tally import mean
+from zsplit_broker.tally import mean, quantile
+from zsplit_broker.work import client_of
 
 
 class Bulletin:
@@ -66,7 +68,7 @@ class Bulletin:
             policy=config.schedule.policy,
             model=config.model.name,
             data=config.data.name,
-            cut=scheduler.plan.cut,
+            cut=scheduler.plans.cut,
             round=len(scheduler.history),
             rounds=config.run.rounds,
             clients=config.schedule.clients,
@@ -82,8 +84,13 @@ class Bulletin:
         outcome = self.scheduler.outcome
         if outcome is not None:
             return "finished" if outcome.ok else "failed"
-        names = {"initialising": "storing", "merging": "training", "testing": "evaluating"}
-        return names.get(self.scheduler.phase, self.scheduler.phase).replace("validating", "evaluating")
+        names = {
+            "initialising": "storing",
+            "merging": "training",
+            "validating": "evaluating",
+            "testing": "evaluating",
+        }
+        return names.get(self.scheduler.phase, self.scheduler.phase)
 
     def round_event(self, record: RoundRecord) -> RoundEvent:
         """Return a finished round's figures."""
@@ -98,6 +105,7 @@ class Bulletin:
             val_top5=mean(validation.top5, validation.samples),
             version=record.version,
             seconds=record.seconds,
+            step_seconds=quantile(train.step_seconds, 0.5),
         )
 
     def logs(self, event: Event) -> Iterator[LogEvent]:
@@ -109,6 +117,9 @@ class Bulletin:
                 yield from self._differences(event)
             case Lost(role=role, index=index, sentence=sentence):
                 yield LogEvent(level="error", who=f"{role}.{index}", text=sentence)
+            case Planned(round=round_, sentence=sentence) if sentence:
+                before = f"as planned before, from round {round_ + 1} on: " if self.scheduler.config.plan.file else ""
+                yield LogEvent(level="info", who="broker", text=before + sentence)
             case Stopped(sentence=sentence):
                 yield LogEvent(level="error", who="broker", text=sentence)
             case _:
@@ -191,12 +202,12 @@ class Bulletin:
         return _verb(job) if session.prepared else "loading"
 
     def _server(self, session: Session, now: float) -> ServerEvent:
-        jobs = self.scheduler.jobs(session.peer)
+        jobs = sorted(self.scheduler.jobs(session.peer), key=lambda job: not isinstance(job, Turn))
         telemetry, prepared = session.telemetry, session.prepared
         return ServerEvent(
             index=session.index,
             state=self._peer_state(session, jobs[0] if jobs else None),
-            clients=tuple(job.client for job in jobs if isinstance(job, Turn | Evaluate)),
+            clients=tuple(sorted({client for job in jobs if (client := client_of(job)) is not None})),
             samples_per_second=telemetry.samples_per_second if telemetry else 0.0,
             idle_share=telemetry.idle_share if telemetry else 0.0,
             age=max(0.0, now - session.seen),
@@ -204,9 +215,9 @@ class Bulletin:
             device=prepared.device if prepared else "",
         )
 
-    def _job(self, held: Held | None) -> Turn | Evaluate | None:
+    def _job(self, held: Held | None) -> Turn | Evaluate | Measure | None:
         work = self.scheduler.work.get(held.lease) if held else None
-        return work.job if work and isinstance(work.job, Turn | Evaluate) else None
+        return work.job if work and isinstance(work.job, Turn | Evaluate | Measure) else None
 
 
 def _verb(job: object) -> str:
@@ -217,6 +228,8 @@ def _verb(job: object) -> str:
             return "evaluating"
         case Merge():
             return "merging"
+        case Measure():
+            return "measuring"
         case None:
             return "waiting"
         case _:

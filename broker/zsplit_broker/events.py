@@ -8,7 +8,8 @@ from typing import Literal
 
 import msgspec
 
-from zsplit.wire.messages import Job, Lease, Prepared, Ref, Tally
+from zsplit.plan import Situation
+from zsplit.wire.messages import Job, Lease, LinkSpeed, Plan, Prepared, Profile, Ref, Tally
 
 
 class Fact(msgspec.Struct, frozen=True, tag_field="event"):
@@ -44,12 +45,17 @@ class Ready(Fact, frozen=True, tag="ready"):
 
 
 class Done(Fact, frozen=True, tag="done"):
-    """One side of a lease has finished; `digest` is the state that it holds since."""
+    """One side of a lease has finished; `digest` is the state that it holds since.
+
+    One that measured has a profile, and a client its link too.
+    """
 
     lease: Lease
     side: Literal["client", "server"]
     digest: str
     tally: Tally
+    profile: Profile | None = None
+    link: LinkSpeed | None = None
 
 
 class Stored(Fact, frozen=True, tag="stored"):
@@ -64,7 +70,19 @@ class Stopped(Fact, frozen=True, tag="stopped"):
     sentence: str
 
 
-Event = Started | Joined | Lost | Ready | Done | Stored | Stopped
+class Planned(Fact, frozen=True, tag="planned"):
+    """What each client is told to use from a round on, the step seconds predicted for it, and a sentence about it.
+
+    Every `Decide` is answered by one; it has no plans where those that there are stay.
+    """
+
+    round: int
+    plans: dict[int, Plan] = {}
+    predicted: dict[int, float] = {}
+    sentence: str = ""
+
+
+Event = Started | Joined | Lost | Ready | Done | Stored | Stopped | Planned
 
 
 class Entry(msgspec.Struct, frozen=True):
@@ -92,6 +110,19 @@ class Close(msgspec.Struct, frozen=True):
     job: Job
 
 
+class Decide(msgspec.Struct, frozen=True):
+    """Make a plan for this situation from a round on; where there are current ones, others only if faster by `gain`.
+
+    `why` says for each client what has moved since its plan was made.
+    """
+
+    round: int
+    situation: Situation
+    current: dict[int, Plan] = {}
+    gain: float = 0.0
+    why: dict[int, str] = {}
+
+
 class Store(msgspec.Struct, frozen=True):
     """Pull this state from its holder and write it to disk."""
 
@@ -117,4 +148,4 @@ class Finish(msgspec.Struct, frozen=True):
     sentence: str
 
 
-Instruction = Open | Grant | Close | Store | Discard | Announce | Finish
+Instruction = Open | Grant | Close | Decide | Store | Discard | Announce | Finish

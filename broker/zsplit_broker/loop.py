@@ -7,7 +7,8 @@ changed.
 
 import contextlib
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -16,7 +17,7 @@ import zmq
 from zsplit.config import Config
 from zsplit.errors import RemoteProtocolError, StorageError
 from zsplit.wire import messages
-from zsplit.wire.events import AnyEvent
+from zsplit.wire.events import AnyEvent, LogEvent
 from zsplit.wire.frames import (
     check_sizes,
     decode_control,
@@ -41,12 +42,13 @@ from zsplit.wire.messages import (
     Turn,
 )
 from zsplit.wire.wake import Wake
-from zsplit_broker import record
+from zsplit_broker import planning, record
 from zsplit_broker.bulletin import Bulletin
 from zsplit_broker.disk import Writer
 from zsplit_broker.events import (
     Announce,
     Close,
+    Decide,
     Discard,
     Entry,
     Event,
@@ -55,6 +57,7 @@ from zsplit_broker.events import (
     Instruction,
     Lost,
     Open,
+    Planned,
     Started,
     Stopped,
     Store,
@@ -65,9 +68,12 @@ from zsplit_broker.journal import Journal
 from zsplit_broker.port import Bell, Port
 from zsplit_broker.relay import BROKER
 from zsplit_broker.router import Router, refuse_protocol
-from zsplit_broker.scheduler import Peer, Scheduler
+from zsplit_broker.scheduler import Scheduler
 from zsplit_broker.sockets import BELL, Sockets
+from zsplit_broker.summary import summarise
+from zsplit_broker.timeline import Timeline
 from zsplit_broker.versions import Versions
+from zsplit_broker.work import Peer
 
 DRAIN = 64
 """Messages taken from one socket before the others have their turn."""
@@ -86,6 +92,9 @@ MAX_PENDING = 64 * 2**20
 EXPORT = "export"
 """Key of the writer's task that makes `model.safetensors`."""
 
+PLAN = "plan"
+"""Key of the writer's task that makes a plan."""
+
 FAREWELL_SECONDS = 1.5
 """How long the broker waits, at the end, for its peers to leave."""
 
@@ -93,7 +102,15 @@ FAREWELL_SECONDS = 1.5
 class Broker:
     """One run's broker: `serve` runs it to its end."""
 
-    def __init__(self, config: Config, run: str, folder: Path, journal: Journal, sockets: Sockets) -> None:
+    def __init__(
+        self,
+        config: Config,
+        run: str,
+        folder: Path,
+        journal: Journal,
+        sockets: Sockets,
+        planned: Sequence[Planned] = (),
+    ) -> None:
         self.config = config
         self.run = run
         self.folder = folder
@@ -112,8 +129,10 @@ class Broker:
         descriptors = self.control.fileno(), self.events.fileno(), self.wake.fd
         self.bell = Bell(sockets.bell, descriptors, IDLE_SECONDS)
         self.busy = True
-        self.news: list[Event] = []
+        self.news: list[Event] = [Started(1), *planned]
+        self.answers: list[Planned] = []
         self.intakes: dict[str, Intake] = {}
+        self.timeline = Timeline(folder, self.writer.submit) if config.run.timeline else None
         self.relayed = self.relayed_bytes = 0
         self.stopping = ""
         self.exported = False
@@ -124,7 +143,6 @@ class Broker:
 
     def serve(self) -> Finish:
         """Run until the run is over; return how it ended. A call to `stop` ends it early."""
-        self.news.append(Started(1))
         while self.scheduler.outcome is None:
             try:
                 self._turn()
@@ -142,6 +160,8 @@ class Broker:
     def close(self) -> None:
         """End the bell's and the writer's threads and let go of the versions; sockets and journal are their makers'."""
         self.bell.close()
+        if self.timeline is not None:
+            self.timeline.finish()
         self.writer.close()
         self.versions.close()
         self.wake.close()
@@ -160,7 +180,7 @@ class Broker:
         """Write the summary and send everybody home."""
         self.scheduler.outcome = outcome
         with contextlib.suppress(StorageError):  # a full disk is what the outcome tells already
-            record.write_summary(self.folder, record.summarise(self.scheduler, self.run, self.folder))
+            record.write_summary(self.folder, summarise(self.scheduler, self.run, self.folder))
         self._publish(self.bulletin.state(self.now()))
         self.router.finish = messages.Finish(ok=outcome.ok, sentence=outcome.sentence)
         self._tell(None)
@@ -242,6 +262,8 @@ class Broker:
         """Carry an instruction out; return the peers whose orders it may have changed."""
         match instruction:
             case Open(job):
+                if self.timeline is not None and isinstance(job, Turn):
+                    self.timeline.begin_round(job.round + 1, self.now())
                 return {("server", job.server)}
             case Grant(job):
                 return parties(job)
@@ -249,12 +271,14 @@ class Broker:
                 self.router.relay.forget(job.lease)
                 return parties(job)
             case Store(ref):
-                self.intakes[ref.digest] = Intake(ref, self.run, self.versions, self.writer)
-                self._pull(self.intakes[ref.digest])
+                intake = Intake(ref, self.run, self.versions, self.writer)
+                self._pull(self.intakes.setdefault(ref.digest, intake))
             case Discard(digest):
                 self.writer.submit("", lambda: self.versions.delete(digest))
-            case Announce():
-                event = self.bulletin.round_event(self.scheduler.history[-1])
+            case Decide():
+                self.writer.submit(PLAN, partial(self._plan, instruction, list(self.scheduler.plans.made)))
+            case Announce(round_):
+                event = self.bulletin.round_event(self.scheduler.history[round_])
                 record.append_metrics(self.folder, *self._publish([event]))
             case Finish():
                 pass  # ends the loop in `serve`
@@ -297,8 +321,17 @@ class Broker:
                 self._answer(message, sender, now)
             case Telemetry() | Fault() | Bye():
                 self.news += self.router.control(message, sender, now)
+                if isinstance(message, Telemetry):
+                    self._keep_spans(message, sender)
             case _:
                 self.router.dropped += 1
+
+    def _keep_spans(self, telemetry: Telemetry, sender: bytes) -> None:
+        session = self.router.session(telemetry.session)
+        if self.timeline is not None and session is not None and session.control == sender:
+            full = self.timeline.add(session.peer, telemetry.spans)
+            if full:
+                self._publish([LogEvent(level="warning", who="broker", text=full)])
 
     def _answer(self, beat: Beat, sender: bytes, now: float) -> None:
         """Take the beat's news in at once, so that the answer already follows from it."""
@@ -367,6 +400,16 @@ class Broker:
         self.router.dropped += not sent
         return sent
 
+    # Planning
+
+    def _plan(self, asked: Decide, before: list[Planned]) -> None:
+        """Answer the scheduler; on the writer's thread, since a search takes a while. What it sees and says is kept."""
+        record.write_situation(self.folder, asked.situation)
+        answer = planning.answer(asked)
+        if answer.plans:
+            record.write_plans(self.folder, [*before, answer])
+        self.answers.append(answer)
+
     # Storing
 
     def _pull(self, intake: Intake) -> None:
@@ -393,6 +436,8 @@ class Broker:
                 self.stopping = str(outcome.error)
             elif outcome.key == EXPORT:
                 self.exported = True
+            elif outcome.key == PLAN:
+                self.news.append(self.answers.pop())
             elif outcome.key:
                 self.intakes.pop(outcome.key, None)
                 self.news.append(Stored(outcome.key))

@@ -1,16 +1,24 @@
-"""The run's folder as a person finds it: config, metrics, summary and the merged model."""
+"""The run's folder as a person finds it: config, profile, plan, metrics and summary."""
 
 import contextlib
 import json
+from collections.abc import Iterable
 from pathlib import Path
+
+import msgspec
 
 from zsplit.config import Config, to_toml
 from zsplit.errors import ConfigError, StorageError
-from zsplit.wire.messages import Tally
+from zsplit.plan import Situation
+from zsplit.plan import file as plan_file
 from zsplit_broker.disk import PARTIAL, storage_errors
+from zsplit_broker.events import Planned
 from zsplit_broker.journal import JOURNAL, LOCK
-from zsplit_broker.scheduler import Scheduler
-from zsplit_broker.tally import add, mean, quantile
+from zsplit_broker.timeline import TIMELINE
+
+PLAN = "plan.json"
+PROFILE = "profile.json"
+SUMMARY = "summary.json"
 
 
 def choose_folder(config: Config, out: str | None = None) -> Path:
@@ -41,7 +49,7 @@ def create_folder(folder: Path, config: Config) -> None:
 
 def remove_folder(folder: Path) -> None:
     """Remove what the broker put into a folder, and the folder where nothing else is in it."""
-    for name in ("config.toml", JOURNAL, LOCK, "summary.json"):
+    for name in ("config.toml", JOURNAL, LOCK, PLAN, PROFILE, SUMMARY, TIMELINE):
         (folder / name).unlink(missing_ok=True)
     with contextlib.suppress(OSError):  # somebody else's files stay
         (folder / "versions").rmdir()
@@ -56,61 +64,33 @@ def append_metrics(folder: Path, body: bytes) -> None:
 
 def write_summary(folder: Path, summary: dict[str, object]) -> None:
     """Write `summary.json`, whole or not at all. Raises StorageError."""
-    text = json.dumps(summary, indent=2) + "\n"
-    draft = folder / f"summary.json{PARTIAL}"
-    with storage_errors(folder, len(text), "what was stored is intact"):
-        draft.write_text(text)
-        draft.replace(folder / "summary.json")
+    _write(folder, SUMMARY, json.dumps(summary, indent=2).encode() + b"\n")
 
 
-def summarise(scheduler: Scheduler, run: str, folder: Path) -> dict[str, object]:
-    """Return the figures of a run, all from the tallies of the leases that count."""
-    config, history = scheduler.config, scheduler.history
-    train = add(record.train for record in history)
-    server = add(record.server for record in history)
-    last = next((r.validation for r in reversed(history) if r.validation.samples), Tally())
-    everything = add([train, server, *(r.validation for r in history), scheduler.test])
-    wall = sum(record.seconds for record in history)
-    servers = max(1, sum(role == "server" for role, _ in scheduler.peers))
-    outcome = scheduler.outcome
-    return {
-        "name": config.run.name,
-        "run": run,
-        "ok": outcome is not None and outcome.ok,
-        "sentence": outcome.sentence if outcome else "",
-        "policy": config.schedule.policy,
-        "model": config.model.name,
-        "data": config.data.name,
-        "cut": scheduler.plan.cut,
-        "clients": config.schedule.clients,
-        "rounds": len(history),
-        "steps": train.steps,
-        "samples": train.samples,
-        "train_loss": mean(history[-1].train.loss_sum, history[-1].train.samples) if history else None,
-        "val_loss": mean(last.loss_sum, last.samples),
-        "val_accuracy": mean(last.top1, last.samples),
-        "val_top5": mean(last.top5, last.samples),
-        "test_loss": mean(scheduler.test.loss_sum, scheduler.test.samples),
-        "test_accuracy": mean(scheduler.test.top1, scheduler.test.samples),
-        "test_top5": mean(scheduler.test.top5, scheduler.test.samples),
-        "seconds": scheduler.seconds,
-        "step_seconds": {
-            "median": quantile(train.step_seconds, 0.5),
-            "p95": quantile(train.step_seconds, 0.95),
-        },
-        "bytes": bytes_by_kind(everything),
-        "idle": {
-            "client": train.idle / train.seconds if train.seconds else None,
-            "server": max(0.0, 1 - server.seconds / (wall * servers)) if wall else None,
-        },
-        "model_file": str(folder / "model.safetensors") if outcome and outcome.ok else "",
-        "versions": [record.version for record in history],
-        "stored": list(scheduler.stored),
-    }
+def write_situation(folder: Path, situation: Situation) -> None:
+    """Write `profile.json`, what a plan was made from, whole or not at all. Raises StorageError."""
+    _write(folder, PROFILE, msgspec.json.format(msgspec.json.encode(situation), indent=1) + b"\n")
 
 
-def bytes_by_kind(tally: Tally) -> dict[str, object]:
-    """Return bytes up and down as seen from the clients: all, and by kind."""
-    kinds = {kind: {"up": up, "down": down} for kind, (up, down) in sorted(tally.traffic.items())}
-    total = {way: sum(row[way] for row in kinds.values()) for way in ("up", "down")}
-    return {**total, "kinds": kinds}
+def write_plans(folder: Path, planned: Iterable[Planned]) -> None:
+    """Write `plan.json`, all that was planned so far, whole or not at all. Raises StorageError."""
+    rows = [
+        plan_file.Planned(round=event.round, plans=event.plans, predicted=event.predicted, sentence=event.sentence)
+        for event in planned
+    ]
+    _write(folder, PLAN, plan_file.encode_plans(rows))
+
+
+def read_plans(config: Config) -> list[Planned]:
+    """Return the plans that the config names a file of (none: no plans). Raises ConfigError where it cannot be used."""
+    if not config.plan.file:
+        return []
+    rows = plan_file.read_plans(Path(config.plan.file), config.schedule.clients)
+    return [Planned(row.round, row.plans, row.predicted, row.sentence) for row in rows]
+
+
+def _write(folder: Path, name: str, data: bytes) -> None:
+    draft = folder / (name + PARTIAL)
+    with storage_errors(folder, len(data), "what was stored is intact"):
+        draft.write_bytes(data)
+        draft.replace(folder / name)

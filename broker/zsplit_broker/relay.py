@@ -15,6 +15,7 @@ from zsplit.wire.messages import (
     Job,
     Kind,
     Lease,
+    Measure,
     Merge,
     Pull,
     Ref,
@@ -22,8 +23,9 @@ from zsplit.wire.messages import (
     Tensors,
     Turn,
 )
-from zsplit_broker.scheduler import Peer, Scheduler
+from zsplit_broker.scheduler import Scheduler
 from zsplit_broker.session import Session
+from zsplit_broker.work import Peer, client_of
 
 BROKER = b""
 """Stands for the broker itself among the destinations of a data message."""
@@ -35,6 +37,9 @@ class Route(NamedTuple):
     to: bytes
     message: DataMessage | None = None
 
+
+KINDS: dict[type[Job], Kind] = {Turn: "train", Evaluate: "eval", Measure: "probe"}
+"""The kind of tensors that pass under a job."""
 
 UP, DOWN = 0, 1
 """Ways as seen from the client, and where they are counted."""
@@ -147,10 +152,10 @@ class Relay:
     def _open_lane(self, session: Session, message: Tensors | Step) -> Lane | None:
         """Return the lane of what this peer sends under the lease, or None where the message may not pass."""
         work = self.scheduler.work.get(message.lease)
-        if work is None or not work.ready or not isinstance(work.job, Turn | Evaluate):
+        if work is None or not work.ready or not isinstance(work.job, Turn | Evaluate | Measure):
             return None
         job = work.job
-        kind: Kind = "train" if isinstance(job, Turn) else "eval"
+        kind = KINDS[type(job)]
         to = self.by_peer.get(("server", job.server) if session.role == "client" else ("client", job.client))
         if to is None or to.data is None or session.data is None or not takes_part(session, job):
             return None
@@ -247,4 +252,4 @@ def takes_part(session: Session, job: Job) -> bool:
     """Whether the peer is one of the job's two."""
     if session.role == "server":
         return session.index == job.server
-    return isinstance(job, Turn | Evaluate) and session.index == job.client
+    return session.index == client_of(job)

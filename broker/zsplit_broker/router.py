@@ -16,25 +16,22 @@ from zsplit.wire.messages import (
     Beat,
     Bye,
     ControlMessage,
-    Evaluate,
     Fault,
     Finish,
     Hello,
-    Init,
     Job,
     Lease,
-    Merge,
     Orders,
     Refused,
     Tally,
     Telemetry,
-    Turn,
     Welcome,
 )
 from zsplit_broker.events import Done, Event, Joined, Lost, Ready
 from zsplit_broker.relay import Relay, takes_part
-from zsplit_broker.scheduler import Peer, Scheduler
+from zsplit_broker.scheduler import Scheduler
 from zsplit_broker.session import Session
+from zsplit_broker.work import Peer, client_of
 
 
 class Outgoing(NamedTuple):
@@ -187,13 +184,14 @@ class Router:
                 continue
             if held.state in ("ready", "running") and role == "server" and not work.ready:
                 yield Ready(held.lease)
-            elif held.state == "done" and role not in work.done and (work.ready or isinstance(work.job, Init | Merge)):
-                yield Done(held.lease, role, held.digest, self._with_traffic(held.lease, held.tally, role))
+            elif held.state == "done" and role not in work.done and (work.ready or client_of(work.job) is None):
+                tally = self._with_traffic(held.lease, held.tally, role)
+                yield Done(held.lease, role, held.digest, tally, held.profile, held.link)
 
     def _with_traffic(self, lease: Lease, tally: Tally, role: str) -> Tally:
         """Add what the relay counted to the side that accounts for it: the client's, where there is one."""
         job = self.scheduler.work[lease].job
-        if role == "server" and isinstance(job, Turn | Evaluate):
+        if role == "server" and client_of(job) is not None:
             return replace_tally(tally, {})
         return replace_tally(tally, self.relay.counted(lease))
 
@@ -256,7 +254,8 @@ class Router:
     def _is_asked(self, session: Session) -> bool:
         """Whether a turn waits for this peer: for a server that has tensors to answer, else for the client."""
         running = [held.lease for held in session.beat.held if held.state == "running"] if session.beat else []
-        return any(self.relay.asks_server(lease) == (session.role == "server") for lease in running)
+        turns = [lease for lease in running if self.scheduler.is_turn(lease)]
+        return any(self.relay.asks_server(lease) == (session.role == "server") for lease in turns)
 
     def unreachable(self, control: bytes) -> None:
         """A control message could not be delivered: the connection is gone. Its peer may come back in time."""

@@ -1,22 +1,26 @@
 """Who may do what, when: the run as a state machine. Events in, instructions out; no clock, no socket.
 
-    waiting ──all joined──▶ initialising ──▶ training ◀──▶ merging
-                                 │              ▲             │ end of the round
-                                 ▼              └── next ── validating ──▶ testing ──▶ finished
-                              storing
+    waiting ──all joined──▶ measuring ──▶ planning ──▶ initialising ──▶ training ◀──▶ merging
+       └───────── nothing to measure ──────────────────────▲               ▲             │ end of the round
+                                                                           └── next ── validating
+                                                                                         └──▶ testing ──▶ finished
 
-Storing runs beside the other phases and holds up only the next round. Nothing here depends on anything
-but the config and the events so far: replaying a journal gives the same scheduler, lease for lease.
+Storing, evaluating and planning anew run beside each other, and hold up the next round. Under `round_robin` only
+planning does: a round is stored and evaluated beside the turns of the next one, and recorded once both are done.
+Nothing here depends on anything but the config and the events so far: replaying a journal gives the same scheduler,
+lease for lease.
 """
 
 from collections.abc import Iterable, Iterator
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import msgspec
 
 from zsplit.config import Config
 from zsplit.errors import StorageError
-from zsplit.wire.messages import Contribution, Evaluate, Init, Job, Lease, Merge, Plan, Ref, Tally, Turn
+from zsplit.wire.messages import Contribution, Evaluate, Init, Job, Lease, Measure, Merge, Plan, Ref, Tally, Turn
+from zsplit_broker.archive import Archive
+from zsplit_broker.books import Books, RoundRecord
 from zsplit_broker.events import (
     Announce,
     Close,
@@ -30,51 +34,29 @@ from zsplit_broker.events import (
     Joined,
     Lost,
     Open,
+    Planned,
     Ready,
     Started,
     Stopped,
     Store,
     Stored,
 )
+from zsplit_broker.plans import Plans
 from zsplit_broker.policy import Stage, participants, stages_of
-from zsplit_broker.tally import NOTHING, add
+from zsplit_broker.survey import Survey, measures
+from zsplit_broker.work import Peer, Work, client_of
 
-Phase = Literal["waiting", "initialising", "training", "merging", "validating", "testing", "finished"]
-Peer = tuple[str, int]
-
-KEPT_VERSIONS = 2
-"""Stored versions: the newest, and the one before it for when the newest is damaged."""
-
-
-class RoundRecord(NamedTuple):
-    """What a round was: the version it made, tallies of both sides and of validation, wall seconds."""
-
-    round: int
-    version: str
-    train: Tally
-    server: Tally
-    validation: Tally
-    seconds: float
-
-
-class Work:
-    """An open lease: its job, whether its server is ready, and what each side finished with."""
-
-    def __init__(self, job: Job) -> None:
-        self.job = job
-        self.ready = False
-        self.done: dict[str, Done] = {}
-
-    @property
-    def complete(self) -> bool:
-        """Whether nothing is missing: a turn takes both sides, an evaluation the client's figures."""
-        match self.job:
-            case Turn():
-                return self.done.keys() == {"client", "server"}
-            case Evaluate():
-                return "client" in self.done
-            case _:
-                return "server" in self.done
+Phase = Literal[
+    "waiting",
+    "measuring",
+    "planning",
+    "initialising",
+    "training",
+    "merging",
+    "validating",
+    "testing",
+    "finished",
+]
 
 
 class Scheduler:
@@ -88,20 +70,19 @@ class Scheduler:
         self.epoch = 0
         self.number = 0
         self.work: dict[Lease, Work] = {}
+        self.survey = Survey(config)
+        self.plans = Plans(config, self.peers)
         self.round = 0
         self.stages: list[Stage] = []
         self.stage = 0
         self.version: Ref | None = None
         self.contributions: dict[int, Contribution] = {}
-        self.storing: dict[str, Ref] = {}
-        self.stored: list[str] = []
-        self._ordered: list[str] = []  # stored and storing, as training made them, not as the disk finished them
+        self.archive = Archive()
+        self.unsettled: dict[int, Ref] = {}
+        self.books = Books()
         self.history: list[RoundRecord] = []
-        self.test = NOTHING
         self.now = 0.0
         self.began: float | None = None
-        self._round_began = 0.0
-        self._tallies: dict[str, Tally] = {}
 
     # What there is to read
 
@@ -110,44 +91,67 @@ class Scheduler:
         role, index = peer
         if role == "server":
             return [w.job for w in self.work.values() if w.job.server == index]
-        return [
-            w.job
-            for w in self.work.values()
-            if w.ready and isinstance(w.job, Turn | Evaluate) and w.job.client == index
-        ]
+        return [w.job for w in self.work.values() if w.ready and client_of(w.job) == index]
+
+    def is_turn(self, lease: Lease) -> bool:
+        """Whether the lease is that of a turn under way."""
+        return lease in self.work and isinstance(self.work[lease].job, Turn)
 
     def kept(self, peer: Peer) -> list[str]:
-        """Return the digests that a peer must keep: contributions, and the current version."""
+        """Return the digests that a peer must keep: contributions, the current version, those not done with."""
         name = f"{peer[0]}.{peer[1]}"
         refs = [ref for c in self.contributions.values() for ref in (c.front, c.back)]
-        refs += self.storing.values()
+        refs += [*self.storing.values(), *self.unsettled.values()]
         if self.version is not None:
             refs.append(self.version)
-        return [ref.digest for ref in refs if ref.holder == name]
+        return list(dict.fromkeys(ref.digest for ref in refs if ref.holder == name))
+
+    def plan_of(self, client: int) -> Plan:
+        """Return what a client is told to use."""
+        return self.plans.of(client)
 
     @property
-    def plan(self) -> Plan:
-        """What clients are told to use; the cut by the name that the first server knows it by."""
-        train = self.config.train
-        servers = sorted(index for role, index in self.peers if role == "server")
-        cut = self.peers["server", servers[0]].prepared.cut if servers else str(self.config.model.cut)
-        return Plan(
-            cut=cut,
-            micro_batches=train.micro_batches,
-            window=self.config.plan.window or train.micro_batches,
-            up=self.config.codec.up,
-            down=self.config.codec.down,
-        )
+    def storing(self) -> dict[str, Ref]:
+        """Versions on their way to the disk, by digest."""
+        return self.archive.storing
+
+    @property
+    def stored(self) -> list[str]:
+        """Digests of the versions on the disk, oldest first."""
+        return self.archive.stored
+
+    @property
+    def test(self) -> Tally:
+        """What the evaluation at the end found."""
+        return self.books.test
+
+    def servers(self) -> list[int]:
+        """Return the indexes of the servers that are here."""
+        return sorted(index for role, index in self.peers if role == "server")
 
     def missing(self) -> list[str]:
         """Return the names of the peers that the run waits for before it can begin."""
         names = [f"client {i}" for i in range(self.config.schedule.clients) if ("client", i) not in self.peers]
-        return names if any(role == "server" for role, _ in self.peers) else [*names, "a server"]
+        return names if self.servers() else [*names, "a server"]
 
     @property
     def seconds(self) -> float:
         """The time since everybody had joined, up to the last event."""
         return self.now - self.began if self.began is not None else 0.0
+
+    def steps(self, client: int) -> int:
+        """Return how many steps a client has in a round: every local epoch, the short last batch kept."""
+        samples = self.peers["client", client].prepared.train
+        return self.config.train.local_epochs * -(-samples // self.config.train.batch_size)
+
+    def kept_sentence(self) -> str:
+        """Say what a run that ends now leaves behind."""
+        if not self.stored:
+            return "Nothing was stored yet: start the run again"
+        return (
+            f"The last version, {self.stored[-1][:12]}, is kept ({len(self.history)} of "
+            f"{self.config.run.rounds} rounds are done), and the folder can be resumed"
+        )
 
     # Events
 
@@ -174,6 +178,8 @@ class Scheduler:
                 yield from self._done(event)
             case Stored(digest=digest):
                 yield from self._stored(digest)
+            case Planned():
+                yield from self._planned(event)
             case Stopped(sentence=sentence):
                 yield from self._finish(False, f"{sentence}. {self.kept_sentence()}")
 
@@ -182,20 +188,11 @@ class Scheduler:
             who = f"{event.role} {event.index}"
             yield from self._finish(False, f"{who} is gone: {event.sentence}. {self.kept_sentence()}")
 
-    def kept_sentence(self) -> str:
-        """Say what a run that ends now leaves behind."""
-        if not self.stored:
-            return "Nothing was stored yet: start the run again"
-        return (
-            f"The last version, {self.stored[-1][:12]}, is kept ({len(self.history)} of "
-            f"{self.config.run.rounds} rounds are done), and the folder can be resumed"
-        )
-
     def _ready(self, lease: Lease) -> Iterator[Instruction]:
         work = self.work.get(lease)
         if work is not None and not work.ready:
             work.ready = True
-            if isinstance(work.job, Turn | Evaluate):
+            if client_of(work.job) is not None:
                 yield Grant(work.job)
 
     def _done(self, event: Done) -> Iterator[Instruction]:
@@ -205,31 +202,67 @@ class Scheduler:
         work.done[event.side] = event
         if work.complete:
             del self.work[event.lease]
-            self._collect(work)
+            wrong = self._collect(work)
             yield Close(work.job)
-            if not self.work:
-                yield from self._advance()
+            if wrong:
+                yield from self._finish(False, f"{wrong}. {self.kept_sentence()}")
+            else:
+                yield from self._go_on()
 
     def _stored(self, digest: str) -> Iterator[Instruction]:
-        if self.storing.pop(digest, None) is None:
-            return
-        self.stored = [other for other in self._ordered if other == digest or other in self.stored]
-        while len(self.stored) > KEPT_VERSIONS:
-            yield Discard(self.stored.pop(0))
-        self._ordered = [other for other in self._ordered if other in self.stored or other in self.storing]
-        if not self.work and not self.storing:
+        if digest in self.storing:
+            yield from (Discard(other) for other in self.archive.written(digest))
+            yield from self._go_on()
+
+    def _planned(self, event: Planned) -> Iterator[Instruction]:
+        """Take plans in. Those that nobody asked for are an earlier run's, and come before this one begins."""
+        asked = self.plans.deciding is not None
+        if asked or self.phase == "waiting":
+            self.plans.take(event, self.round)
+        if asked:
+            yield from self._go_on()
+
+    def _go_on(self) -> Iterator[Instruction]:
+        """Something is over: settle the rounds that waited for it, and go on where nothing else is open."""
+        yield from self._settle()
+        if all(work.beside for work in self.work.values()):
             yield from self._advance()
 
-    # From phase to phase: called when no lease is open
+    # From phase to phase: called when no lease is open that others wait for
 
     def _begin(self) -> Iterator[Instruction]:
-        self.phase = "initialising"
         self.began = self.now
-        server = self._least_loaded()
-        yield self._open(Init(lease=self._lease(), server=server))
+        if measures(self.config):
+            yield from self._measure()
+        else:
+            yield from self._initialise()
+
+    def _measure(self) -> Iterator[Instruction]:
+        self.phase = "measuring"
+        for server, client in self.survey.due(self.servers()):
+            yield self._open(Measure(lease=self._lease(), server=server, client=client))
+        if not self.work:
+            yield from self._plan()
+
+    def _plan(self) -> Iterator[Instruction]:
+        self.phase = "planning"
+        steps = {client: self.steps(client) for client in range(self.config.schedule.clients)}
+        yield self.plans.ask(self.survey, self.round, steps)
+
+    def _initialise(self) -> Iterator[Instruction]:
+        self.phase = "initialising"
+        yield self._open(Init(lease=self._lease(), server=self._least_loaded()))
 
     def _advance(self) -> Iterator[Instruction]:
         match self.phase:
+            case "measuring":
+                yield from self._measure()
+            case "planning":
+                yield from self._initialise()
+            case "initialising" if self.stored:
+                yield from self._start_round()
+            case "initialising" if not self.storing:
+                yield self._store()
             case "training":
                 yield from self._merge()
             case "merging" if self.stage + 1 < len(self.stages):
@@ -238,30 +271,28 @@ class Scheduler:
                     yield self._store()
                 yield from self._train()
             case "merging":
-                yield from self._validate()
-            case "initialising" if self.stored:
-                yield from self._start_round()
-            case "initialising":
-                yield self._store()
-            case "validating" if not self.storing:
                 yield from self._end_round()
+            case "validating" if self._may_begin():
+                yield from self._start_round()
+            case "validating" if self.round == self.config.run.rounds and not self.unsettled:
+                yield from self._test()
             case "testing":
                 yield from self._finish(True, "the run is finished")
             case _:
-                pass  # a version is being stored: its commit comes back as an event
+                pass  # what is waited for comes back as an event
+
+    def _may_begin(self) -> bool:
+        """Whether the next round can begin: under round-robin, with the one before still being evaluated."""
+        beside = 1 if self.config.schedule.policy == "round_robin" else 0
+        return self.round < self.config.run.rounds and self.plans.deciding is None and len(self.unsettled) <= beside
 
     def _start_round(self) -> Iterator[Instruction]:
-        self._round_began = self.now
-        self._tallies = {}
+        self.books.begin(self.round, self.now)
+        self.plans.use(self.round)
         clients = participants(self.config, self.round)
         self.stages = stages_of(self.config, self.round, {c: self.steps(c) for c in clients})
         self.stage = 0
         yield from self._train()
-
-    def steps(self, client: int) -> int:
-        """Return how many steps a client has in a round: every local epoch, the short last batch kept."""
-        samples = self.peers["client", client].prepared.train
-        return self.config.train.local_epochs * -(-samples // self.config.train.batch_size)
 
     def _train(self) -> Iterator[Instruction]:
         self.phase = "training"
@@ -274,7 +305,7 @@ class Scheduler:
                     client=share.client,
                     server=server,
                     base=self._base(),
-                    plan=self.plan,
+                    plan=self.plan_of(share.client),
                     round=self.round,
                     first=share.first,
                     count=share.steps,
@@ -289,36 +320,43 @@ class Scheduler:
         lease = self._lease()
         yield self._open(Merge(lease=lease, server=holder, base=self._base(), round=self.round, inputs=inputs))
 
-    def _validate(self) -> Iterator[Instruction]:
-        """End the round's training: store the version and, where due, evaluate it meanwhile."""
-        self.phase = "validating"
-        yield self._store()
-        every = self.config.run.eval_every
-        if every and (self.round + 1) % every == 0:
-            yield from self._evaluate("validation")
-
     def _end_round(self) -> Iterator[Instruction]:
-        self.history.append(
-            RoundRecord(
-                self.round,
-                self._base().digest,
-                self._tallies.get("client", NOTHING),
-                self._tallies.get("server", NOTHING),
-                self._tallies.get("validation", NOTHING),
-                self.now - self._round_began,
-            )
-        )
-        yield Announce(self.round)
-        self.round += 1
-        if self.round < self.config.run.rounds:
-            yield from self._start_round()
-        else:
-            self.phase = "testing"
-            yield from self._evaluate("test")
-            if not self.work:
-                yield from self._advance()
+        """End the round's training: store the version, evaluate it where due, plan anew where something moved.
 
-    def _evaluate(self, part: Literal["validation", "test"]) -> Iterator[Instruction]:
+        The turn that can begin beside that comes first, so that the least loaded server is its.
+        """
+        self.phase = "validating"
+        ended, version = self.round, self._base()
+        self.books.trained(ended, self.now)
+        self.unsettled[ended] = version
+        self.round += 1
+        yield self._store()
+        asked = self.round < self.config.run.rounds and self.plans.reconsider(self.round, self.books.rounds[ended])
+        if asked:
+            yield asked
+        if self._may_begin():
+            yield from self._start_round()
+        every = self.config.run.eval_every
+        if every and (ended + 1) % every == 0:
+            yield from self._evaluate("validation", ended, version)
+
+    def _settle(self) -> Iterator[Instruction]:
+        """Record the rounds whose version is stored and evaluated, in order."""
+        evaluated = {w.job.round for w in self.work.values() if isinstance(w.job, Evaluate)}
+        for round_, version in list(self.unsettled.items()):
+            if version.digest in self.storing or round_ in evaluated:
+                return
+            del self.unsettled[round_]
+            self.history.append(self.books.end(round_, version.digest, self.now))
+            yield Announce(round_)
+
+    def _test(self) -> Iterator[Instruction]:
+        self.phase = "testing"
+        yield from self._evaluate("test", self.round, self._base())
+        if not self.work:
+            yield from self._advance()
+
+    def _evaluate(self, part: Literal["validation", "test"], round_: int, version: Ref) -> Iterator[Instruction]:
         for client in range(self.config.schedule.clients):
             if getattr(self.peers["client", client].prepared, part):
                 yield self._open(
@@ -326,9 +364,9 @@ class Scheduler:
                         lease=self._lease(),
                         client=client,
                         server=self._least_loaded(),
-                        base=self._base(),
-                        plan=self.plan,
-                        round=self.round,
+                        base=version,
+                        plan=self.plan_of(client),
+                        round=round_,
                         part=part,
                     )
                 )
@@ -343,10 +381,13 @@ class Scheduler:
 
     # Parts of the above
 
-    def _collect(self, work: Work) -> None:
-        """Keep what a finished job leaves: a contribution, a version, or figures."""
+    def _collect(self, work: Work) -> str:
+        """Keep what a finished job leaves: measurements, a contribution, a version, figures. Return what is wrong."""
         done = work.done
+        self.books.closed(work.job, self.now, work.tally("client"), work.tally("server"))
         match work.job:
+            case Measure(client=client):
+                return self.survey.take(work.job, done["client" if client >= 0 else "server"])
             case Turn(client=client, server=server):
                 samples = done["client"].tally.samples
                 self.contributions[client] = Contribution(
@@ -355,29 +396,20 @@ class Scheduler:
                     front=Ref(digest=done["client"].digest, holder=f"client.{client}"),
                     back=Ref(digest=done["server"].digest, holder=f"server.{server}"),
                 )
-                for side, event in done.items():
-                    self._count(side, event.tally)
             case Init(server=server) | Merge(server=server):
                 self.contributions = {}
                 self.version = Ref(digest=done["server"].digest, holder=f"server.{server}")
-                self._count("server", done["server"].tally)
-            case Evaluate(part="validation"):
-                self._count("validation", done["client"].tally)
             case Evaluate():
-                self.test = add((self.test, done["client"].tally))
-
-    def _count(self, what: str, tally: Tally) -> None:
-        self._tallies[what] = add((self._tallies.get(what, NOTHING), tally))
+                pass  # it leaves figures only
+        return ""
 
     def _store(self) -> Store:
-        digest = self._base().digest
-        self._ordered = [*(other for other in self._ordered if other != digest), digest]
-        self.stored = [other for other in self._ordered if other in self.stored]
-        self.storing[digest] = self._base()
+        self.archive.store(self._base())
         return Store(self._base())
 
     def _open(self, job: Job) -> Open:
         self.work[job.lease] = Work(job)
+        self.books.opened(job, self.now)
         return Open(job)
 
     def _lease(self) -> Lease:
@@ -393,11 +425,10 @@ class Scheduler:
         return self.peers[role, index].prepared.threads
 
     def _least_loaded(self) -> int:
-        servers = sorted(index for role, index in self.peers if role == "server")
-        load = dict.fromkeys(servers, 0)
+        load = dict.fromkeys(self.servers(), 0)
         for work in self.work.values():
             load[work.job.server] += 1
-        return min(servers, key=lambda index: (load[index], index))
+        return min(load, key=lambda index: (load[index], index))
 
     def check(self) -> None:
         """Raise AssertionError where an invariant does not hold; tests call it after every event."""
@@ -409,8 +440,16 @@ class Scheduler:
         assert (self.phase == "finished") == (self.outcome is not None)
         if self.phase in ("waiting", "finished"):
             assert not self.work, f"work is open while {self.phase}"
-        elif self.phase in ("training", "merging", "testing"):
-            assert self.work, f"nobody works while {self.phase}"
+        elif self.phase in ("measuring", "training", "merging", "testing"):
+            assert not all(work.beside for work in self.work.values()), f"nobody works while {self.phase}"
+        elif self.phase == "planning":
+            assert self.plans.deciding is not None, "nobody plans while planning"
+        elif self.phase == "validating":
+            assert self.work or self.storing or self.plans.deciding is not None, (
+                "nothing is waited for while validating"
+            )
+        assert len(self.unsettled) <= 2, "more than one round is evaluated beside another"
+        assert self.unsettled.keys() <= self.books.rounds.keys(), "a round that is not settled has no book"
         for work in self.work.values():
             assert ("server", work.job.server) in self.peers, "work for a server that is not there"
             assert not work.complete, "finished work is still open"

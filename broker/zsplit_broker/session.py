@@ -1,7 +1,7 @@
 """What the broker remembers of one process that said hello."""
 
 from zsplit.wire.messages import Beat, Finish, Hello, Job, Lease, Prepared, Telemetry
-from zsplit_broker.scheduler import Peer
+from zsplit_broker.work import Peer
 
 
 class Session:

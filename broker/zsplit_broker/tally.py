@@ -2,17 +2,18 @@
 
 from collections.abc import Iterable, Mapping
 
-from zsplit.wire.messages import Tally, bucket_seconds
+from zsplit.wire.messages import Flow, Tally, bucket_seconds
 
 NOTHING = Tally()
 
 
 def add(tallies: Iterable[Tally]) -> Tally:
     """Return the sum of the tallies, field by field and bucket by bucket."""
-    total: dict[str, float] = dict.fromkeys(("loss_sum", "seconds", "idle"), 0.0)
+    total: dict[str, float] = dict.fromkeys(("loss_sum", "seconds", "idle", "busy"), 0.0)
     counts: dict[str, int] = dict.fromkeys(("steps", "samples", "top1", "top5"), 0)
     durations: dict[int, int] = {}
     traffic: dict[str, tuple[int, int]] = {}
+    flow = Flow()
     for tally in tallies:
         for name in total:
             total[name] += getattr(tally, name)
@@ -21,6 +22,7 @@ def add(tallies: Iterable[Tally]) -> Tally:
         for bucket, count in tally.step_seconds.items():
             durations[bucket] = durations.get(bucket, 0) + count
         traffic = add_traffic(traffic, tally.traffic)
+        flow = add_flow(flow, tally.flow)
     return Tally(
         steps=counts["steps"],
         samples=counts["samples"],
@@ -29,9 +31,16 @@ def add(tallies: Iterable[Tally]) -> Tally:
         top5=counts["top5"],
         seconds=total["seconds"],
         idle=total["idle"],
+        busy=total["busy"],
+        flow=flow,
         step_seconds=durations,
         traffic=traffic,
     )
+
+
+def add_flow(a: Flow, b: Flow) -> Flow:
+    """Return two flows of one way as one."""
+    return Flow(a.bytes + b.bytes, a.seconds + b.seconds, a.starts + b.starts)
 
 
 def add_traffic(a: Mapping[str, tuple[int, int]], b: Mapping[str, tuple[int, int]]) -> dict[str, tuple[int, int]]:

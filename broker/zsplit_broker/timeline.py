@@ -15,7 +15,7 @@ from msgspec import UNSET, UnsetType
 
 from zsplit.wire.messages import Amount, Finite, Span
 from zsplit_broker.disk import storage_errors, write_all
-from zsplit_broker.scheduler import Peer
+from zsplit_broker.work import Peer
 
 TIMELINE = "timeline.json"
 

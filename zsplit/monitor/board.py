@@ -27,6 +27,9 @@ from zsplit.wire.events import (
 ENDED = frozenset({"finished", "failed"})
 """States of a run after which nothing more happens."""
 
+BEFORE = frozenset({"waiting", "measuring", "planning"})
+"""States of a run before its first round."""
+
 SCHEMA = Event().v
 """The version of the events that this monitor reads."""
 
@@ -113,7 +116,7 @@ class Board:
 
     def round(self) -> int:
         """Return the round that is worked on, counted from 1; before the first it is 0, at the end the last done."""
-        if self.run is None or self.ended or self.run.state == "waiting":
+        if self.run is None or self.ended or self.run.state in BEFORE:
             return self.run.round if self.run else 0
         return min(self.run.round + 1, self.run.rounds)
 

@@ -16,6 +16,7 @@ IDLE = 0.5
 """Share of idle time from which on it is pointed out."""
 
 STYLES = {
+    "measuring": "magenta",
     "training": "green",
     "evaluating": "cyan",
     "storing": "cyan",
@@ -26,7 +27,7 @@ STYLES = {
 }
 """How states of peers and runs are coloured; the others are not."""
 
-_BUSY = frozenset({"training", "evaluating", "merging"})
+_BUSY = frozenset({"measuring", "training", "evaluating", "merging"})
 _BAR = 8
 _EIGHTHS = " ▏▎▍▌▋▊▉"
 

@@ -126,7 +126,7 @@ class Training:
         self.link.fetch(self.job.lease, self.job.base, self.half.needs(self.job.base.digest, training=True))
 
     def fetched(self, event: Fetched) -> None:
-        with self.account.computing("load"):
+        with self.link.spans.span("compute", "load", -1, -1, self.job.lease):
             self.half.load(self.job.base.digest, event.tensors)
             self.half.part.train()
         self.link.report(Held(lease=self.job.lease, state="ready"))

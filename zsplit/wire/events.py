@@ -22,7 +22,8 @@ class Event(msgspec.Struct, frozen=True, kw_only=True, tag_field="topic"):
 class RunEvent(Event, frozen=True, kw_only=True, tag="run"):
     """The run as a whole; `round` counts the rounds that are done.
 
-    State: `waiting`, `training`, `evaluating`, `storing`, `finished` or `failed`.
+    State: `waiting`, `measuring`, `planning`, `storing`, `training`, `evaluating`, `finished` or `failed`. `cut` is
+    `auto` before there is a plan, and names every place where clients differ.
     """
 
     name: str
@@ -45,7 +46,10 @@ class RunEvent(Event, frozen=True, kw_only=True, tag="run"):
 
 
 class RoundEvent(Event, frozen=True, kw_only=True, tag="round"):
-    """A round is over. Losses and accuracies are means over samples; None where nothing was evaluated."""
+    """A round is over. Losses and accuracies are means over samples; None where nothing was evaluated.
+
+    `step_seconds` is the median duration of the round's steps, as the clients saw them.
+    """
 
     round: int
     samples: int
@@ -56,10 +60,11 @@ class RoundEvent(Event, frozen=True, kw_only=True, tag="round"):
     val_top5: float | None = None
     version: str = ""
     seconds: float = 0.0
+    step_seconds: float | None = None
 
 
 class ClientEvent(Event, frozen=True, kw_only=True, tag="client"):
-    """One client. State: `loading`, `waiting`, `training`, `evaluating`, `lost` or `done`.
+    """One client. State: `loading`, `waiting`, `measuring`, `training`, `evaluating`, `lost` or `done`.
 
     `round` counts from 1; `step` of `steps` is that of its latest turn. `losses` are the steps' since the last
     event, `loss` the latest of them, or None where there was none. Bytes are payload and headers on the data
@@ -86,7 +91,7 @@ class ClientEvent(Event, frozen=True, kw_only=True, tag="client"):
 class ServerEvent(Event, frozen=True, kw_only=True, tag="server"):
     """One server.
 
-    State: `loading`, `waiting`, `initialising`, `training`, `evaluating`, `merging`, `lost` or `done`.
+    State: `loading`, `waiting`, `measuring`, `initialising`, `training`, `evaluating`, `merging`, `lost` or `done`.
     """
 
     index: int

@@ -7,7 +7,8 @@ from collections.abc import Collection
 from zsplit.wire.messages import Flow, Lease
 
 LEAST = 64 * 1024
-"""Bytes of a message that says something about a rate; a smaller one says more about delays."""
+LONG = 0.02
+"""Bytes, or seconds on the way, of a message that says something about a rate; any other says more about delays."""
 
 
 class Flows:
@@ -29,7 +30,7 @@ class Flows:
             before = self._arrived.get(lease, -math.inf)
             self._arrived[lease] = arrived
             begin = min(max(left, before), arrived)  # two clocks agree to half a round trip only
-            if nbytes >= LEAST:
+            if nbytes >= LEAST or arrived - begin >= LONG:
                 flow = self._flows.get(lease, Flow())
                 starts = flow.starts + (left > before)
                 self._flows[lease] = Flow(flow.bytes + nbytes, flow.seconds + arrived - begin, starts)

@@ -1,0 +1,90 @@
+"""What the clients are told to use: as it is configured, as it was planned, or as an earlier run planned it."""
+
+from collections.abc import Mapping
+
+from zsplit.config import Config
+from zsplit.plan import Situation
+from zsplit.wire.messages import Plan
+from zsplit_broker import drift, planning
+from zsplit_broker.books import RoundBook
+from zsplit_broker.events import Decide, Joined, Planned
+from zsplit_broker.survey import Survey, plans_itself
+from zsplit_broker.work import Peer
+
+
+class Plans:
+    """The plans of a run. `peers` is the scheduler's, which goes on changing.
+
+    `made` are all that were ever made, with the round from which they hold; `current` those of this round, by client,
+    and `predicted` their step seconds. `deciding` is the question that is not answered yet, `situation` what the latest
+    question was about.
+    """
+
+    def __init__(self, config: Config, peers: Mapping[Peer, Joined]) -> None:
+        self.config = config
+        self.made: list[Planned] = []
+        self.current: dict[int, Plan] = {}
+        self.predicted: dict[int, float] = {}
+        self.deciding: Decide | None = None
+        self.situation: Situation | None = None
+        self._peers = peers
+
+    def of(self, client: int) -> Plan:
+        """Return what a client is told to use."""
+        return self.current.get(client) or self.configured
+
+    def in_use(self) -> dict[int, Plan]:
+        """Return each client's plan; none where the planner has not chosen yet."""
+        if not self.current and plans_itself(self.config):
+            return {}
+        return {client: self.of(client) for client in range(self.config.schedule.clients)}
+
+    @property
+    def cut(self) -> str:
+        """Where the model is cut, for a person: every place that a client has, `auto` before there is a plan."""
+        return ", ".join(dict.fromkeys(plan.cut for plan in self.in_use().values())) or "auto"
+
+    @property
+    def configured(self) -> Plan:
+        """What the config says; the cut by the name that the first server knows it by."""
+        servers = sorted(index for role, index in self._peers if role == "server")
+        cut = self._peers["server", servers[0]].prepared.cut if servers else str(self.config.model.cut)
+        micros = self.config.train.micro_batches
+        micros = micros if isinstance(micros, int) else 1
+        codec = self.config.codec
+        window = self.config.plan.window or micros
+        return Plan(cut=cut, micro_batches=micros, window=window, up=codec.up, down=codec.down)
+
+    def ask(self, survey: Survey, round_: int, steps: Mapping[int, int]) -> Decide:
+        """Ask for the first plan. `steps` is the number of steps of each client in a round."""
+        limits = planning.limits_of(self.config, self.configured)
+        self.situation = planning.situation_of(self.config, self._peers, survey, limits, steps)
+        fixed = {} if plans_itself(self.config) else dict.fromkeys(steps, self.configured)
+        self.deciding = Decide(round_, self.situation, fixed)
+        return self.deciding
+
+    def reconsider(self, round_: int, book: RoundBook) -> Decide | None:
+        """Ask for other plans from a round on where the one before went otherwise than these were made for."""
+        if self.situation is None or not plans_itself(self.config):
+            return None
+        gain = self.config.plan.gain
+        seen = drift.observed(self.situation, self.current, book)
+        why = drift.moved(self.situation, seen, self.predicted, gain)
+        if not why:
+            return None
+        self.situation = seen
+        self.deciding = Decide(round_, seen, self.current, gain, why)
+        return self.deciding
+
+    def take(self, event: Planned, round_: int) -> None:
+        """Take plans in, in the middle of a round or before the first."""
+        if event.plans:
+            self.made.append(event)
+        self.deciding = None
+        self.use(round_)
+
+    def use(self, round_: int) -> None:
+        """Use the latest plans that are for this round or an earlier one."""
+        due = [event for event in self.made if event.round <= round_]
+        if due:
+            self.current, self.predicted = due[-1].plans, due[-1].predicted
