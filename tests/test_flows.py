@@ -2,10 +2,11 @@
 
 import math
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from zsplit.train.link.flows import LEAST, Flows
+from zsplit.train.link.flows import LEAST, LONG, Flows
 from zsplit.wire.messages import Flow, Lease
 
 LEASE, OTHER = Lease(1, 1), Lease(1, 2)
@@ -42,9 +43,15 @@ def test_a_message_that_found_the_way_busy_began_when_the_one_before_it_arrived(
 
 def test_small_messages_are_not_counted_but_keep_the_way_busy() -> None:
     flows = Flows()
-    flows.add(LEASE, LEAST - 1, 1.0, 3.0)
-    flows.add(LEASE, LEAST, 2.0, 4.0)
-    assert flows.take(LEASE) == Flow(LEAST, 1.0, 0)
+    flows.add(LEASE, LEAST - 1, 1.0, 1.01)
+    flows.add(LEASE, LEAST, 1.0, 2.01)
+    assert flows.take(LEASE) == Flow(LEAST, pytest.approx(1.0), 0)
+
+
+def test_a_small_message_that_was_long_on_its_way_is_counted() -> None:
+    flows = Flows()
+    flows.add(LEASE, 1000, 1.0, 1.0 + LONG)
+    assert flows.take(LEASE) == Flow(1000, pytest.approx(LONG), 1)
 
 
 def test_what_was_taken_is_forgotten_and_each_lease_has_its_own_way() -> None:

@@ -15,6 +15,7 @@ import pytest
 import zsplit
 from zsplit.cli import cli
 from zsplit.config import keys, load_config
+from zsplit.train import schedule
 from zsplit_broker.policy import picture, stages_of
 
 ROOT = Path(__file__).parents[1]
@@ -194,7 +195,12 @@ def stages() -> str:
     return "```\n" + "\n\n".join(pictures) + "\n```\n"
 
 
-GENERATED: dict[str, Callable[[], str]] = {"floors": floors, "rooms": rooms, "stages": stages}
+def pipeline() -> str:
+    """Return a step of four micro-batches on a link that is slower than either side computes."""
+    return "```\n" + schedule.picture(schedule.order(4, 3), schedule.Slots(uplink=2, downlink=2)) + "\n```\n"
+
+
+GENERATED: dict[str, Callable[[], str]] = {"floors": floors, "rooms": rooms, "stages": stages, "pipeline": pipeline}
 
 
 def parts(page: str) -> Iterator[tuple[str, str]]:
