@@ -173,7 +173,7 @@ class Broker:
         while not self.exported and not self.stopping:
             self._turn()
         if self.stopping:
-            return Finish(False, f"{self.stopping}. {self.scheduler.kept_sentence()}")
+            return Finish(False, self.scheduler.ended(self.stopping))
         return Finish(True, "the run is finished")
 
     def _conclude(self, outcome: Finish) -> None:

@@ -144,12 +144,13 @@ class Scheduler:
         samples = self.peers["client", client].prepared.train
         return self.config.train.local_epochs * -(-samples // self.config.train.batch_size)
 
-    def kept_sentence(self) -> str:
-        """Say what a run that ends now leaves behind."""
+    def ended(self, why: str) -> str:
+        """Say why a run ends now, and what it leaves behind."""
+        why = why.rstrip(".")
         if not self.stored:
-            return "Nothing was stored yet: start the run again"
+            return f"{why}. Nothing was stored yet: start the run again"
         return (
-            f"The last version, {self.stored[-1][:12]}, is kept ({len(self.history)} of "
+            f"{why}. The last version, {self.stored[-1][:12]}, is kept ({len(self.history)} of "
             f"{self.config.run.rounds} rounds are done), and the folder can be resumed"
         )
 
@@ -181,12 +182,12 @@ class Scheduler:
             case Planned():
                 yield from self._planned(event)
             case Stopped(sentence=sentence):
-                yield from self._finish(False, f"{sentence}. {self.kept_sentence()}")
+                yield from self._finish(False, self.ended(sentence))
 
     def _lose(self, event: Lost) -> Iterator[Instruction]:
         if self.peers.pop((event.role, event.index), None) is not None and self.phase != "waiting":
             who = f"{event.role} {event.index}"
-            yield from self._finish(False, f"{who} is gone: {event.sentence}. {self.kept_sentence()}")
+            yield from self._finish(False, self.ended(f"{who} is gone: {event.sentence}"))
 
     def _ready(self, lease: Lease) -> Iterator[Instruction]:
         work = self.work.get(lease)
@@ -205,7 +206,7 @@ class Scheduler:
             wrong = self._collect(work)
             yield Close(work.job)
             if wrong:
-                yield from self._finish(False, f"{wrong}. {self.kept_sentence()}")
+                yield from self._finish(False, self.ended(wrong))
             else:
                 yield from self._go_on()
 
