@@ -36,7 +36,7 @@ class Client:
         self.workshop = workshop
         self.data = data
         self.orders = Orders(revision=0)
-        self.halves: dict[str, Half] = {}
+        self.halves: dict[str, Half] = {}  # one at most: the current plan's
         self.index = link.welcome.index
         self.batches = Prefetch(data, config.run.rounds)
         self.desk = Desk(link, config, workshop, data, self.batches, self.index, self._answer, self._tell)
@@ -112,7 +112,7 @@ class Client:
 
     def _half(self, cut: str) -> Half:
         if cut not in self.halves:
-            self.halves[cut] = self.workshop.front(cut)
+            self.halves = {cut: self.workshop.front(cut)}
             self.halves[cut].keep_for(self.index)
         return self.halves[cut]
 
@@ -180,7 +180,8 @@ class Probes:
     def exchange(self, up: int, down: int) -> float:
         """Send `up` bytes, wait for `down` bytes; return the wall seconds."""
         began = time.monotonic()
-        sent: list[tuple[What, Tensor, str]] = [("other", torch.empty(up, dtype=torch.uint8), "raw")]
+        # Zeros: memory that nobody wrote may hold what must not leave this machine.
+        sent: list[tuple[What, Tensor, str]] = [("other", torch.zeros(up, dtype=torch.uint8), "raw")]
         self.link.send_tensors(self.lease, "probe", self.number, 0, 0, sent, {"down": float(down)})
         self.answer(self.lease, "probe", self.number, 0)
         self.number += 1

@@ -81,7 +81,7 @@ class Measuring:
         size = whole(message, "down")
         if size > LARGEST_PROBE:
             raise RemoteProtocolError(f"Client {self.job.client} asks for a probe of {size} bytes")
-        echo: list[tuple[What, Tensor, str]] = [("other", torch.empty(size, dtype=torch.uint8), "raw")]
+        echo: list[tuple[What, Tensor, str]] = [("other", torch.zeros(size, dtype=torch.uint8), "raw")]
         self.link.send_tensors(self.job.lease, "probe", message.step, message.micro, 1, echo, {})
 
 

@@ -27,7 +27,7 @@ class Server:
         self.config = config
         self.workshop = workshop
         self.jobs: dict[Lease, Handler] = {}
-        self.spare: dict[str, list[Half]] = {}
+        self.spare: list[tuple[str, Half]] = []
         self._samples = 0
         self._busy = 0.0
         self._told = time.monotonic()
@@ -80,15 +80,18 @@ class Server:
 
     def _half(self, job: Turn | Evaluate) -> Half:
         """Return a back for the job, if possible one that has its version's weights already."""
-        spare = self.spare.setdefault(job.plan.cut, [])
-        if not spare:
+        fitting = [
+            (half.version == job.base.digest, i) for i, (cut, half) in enumerate(self.spare) if cut == job.plan.cut
+        ]
+        if not fitting:
             return self.workshop.back(job.plan.cut)
-        return spare.pop(next((i for i, half in enumerate(spare) if half.version == job.base.digest), -1))
+        return self.spare.pop(max(fitting)[1])[1]
 
     def _drop(self, handler: Handler) -> None:
-        """Keep the back of a job that is over for the next one at the same cut."""
+        """Keep the back of a job that is over for the next one at the same cut; no more than can be used at once."""
         if isinstance(handler, Training | Evaluating):
-            self.spare.setdefault(handler.job.plan.cut, []).append(handler.half)
+            self.spare.append((handler.job.plan.cut, handler.half))
+            del self.spare[: -self.config.schedule.clients]
 
     def _tell(self) -> None:
         elapsed = time.monotonic() - self._told
