@@ -14,7 +14,13 @@ from threading import Condition, Thread
 from time import monotonic, sleep
 from typing import IO, NamedTuple, Self
 
+import hypothesis
 import pytest
+
+hypothesis.settings.register_profile(
+    "zsplit", deadline=None
+)  # how long an example takes says nothing on a busy machine
+hypothesis.settings.load_profile("zsplit")
 
 ZSPLIT = Path(sys.executable).with_name("zsplit")
 

@@ -4,7 +4,7 @@ import re
 import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import msgspec
 import pytest
@@ -18,7 +18,8 @@ PAGE = Path(__file__).parents[1] / "broker" / "README.md"
 
 CONTROL: tuple[Any, ...] = get_args(messages.ControlMessage)
 DATA: tuple[Any, ...] = get_args(messages.DataMessage)
-RECORDS: tuple[Any, ...] = (messages.Lease, *messages.Record.__subclasses__(), messages.TensorMeta)
+ARRAYS: tuple[Any, ...] = (messages.Flow, messages.Span, messages.TensorMeta)
+RECORDS: tuple[Any, ...] = (messages.Lease, *messages.Record.__subclasses__(), *ARRAYS)
 
 WORDS = {str: "text", int: "integer", float: "number", bytes: "bytes", bool: "truth value"}
 
@@ -109,6 +110,8 @@ def _type(hint: Any) -> str:
 
 def _words(hint: Any) -> str:
     origin, arguments = get_origin(hint), get_args(hint)
+    if origin is Annotated:
+        return _words(arguments[0])
     if origin is Literal:
         return " or ".join(f"`{each}`" for each in arguments)
     if origin is tuple and arguments[-1] is not Ellipsis:

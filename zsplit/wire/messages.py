@@ -168,8 +168,10 @@ class LinkSpeed(Record, frozen=True):
 
 
 class Flow(NamedTuple):
-    """Messages of one way as they were seen to arrive: their bytes, the seconds they were on the way, one after the
-    other, and how many of them found the way empty, so that their seconds contain the way's delay."""
+    """Messages of one way as they were seen to arrive: their bytes, and the seconds that they took one after the other.
+
+    `starts` counts those that found the way empty: their seconds contain its delay.
+    """
 
     bytes: Count = 0
     seconds: Amount = 0.0
