@@ -171,15 +171,18 @@ def test_config_prints_every_key_as_json(here: Here) -> None:
 # Help and usage
 
 
+COMMANDS = ["broker", "client", "config", "cuts", "monitor", "plan", "profile", "run", "server", "timeline"]
+
+
 def test_help_names_every_command(processes: Processes) -> None:
     shown = processes.run("--help")
     assert shown.process.returncode == 0
     assert shown.err == []
     named = {line.split()[0] for line in shown.out[shown.out.index("Commands:") + 1 :]}
-    assert named == {"broker", "client", "config", "cuts", "monitor", "plan", "profile", "run", "server", "timeline"}
+    assert named == set(COMMANDS)
 
 
-@pytest.mark.parametrize("command", ["broker", "client", "config", "cuts", "monitor", "plan", "profile", "run", "server", "timeline"])
+@pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_has_a_help(command: str, here: Here) -> None:
     code, out, err = here(command, "--help")
     assert (code, err) == (0, "")

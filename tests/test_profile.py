@@ -16,8 +16,8 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from tests.helpers import config_of
 from tests.nets import Plain, SmallResidual
 from zsplit.config import Config
-from zsplit.train.profile.chain import loss_of
 from zsplit.train.half import Workshop
+from zsplit.train.profile.chain import loss_of
 from zsplit.train.profile.measure import measure, slice_sizes
 
 CPU = torch.device("cpu")

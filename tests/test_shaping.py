@@ -203,6 +203,16 @@ def transfer(route: Route) -> dict[str, float]:
 
 
 def test_a_transfer_takes_as_long_as_over_a_link_that_the_kernel_makes_slow(bottleneck: Route) -> None:
-    kernel, ours = transfer(bottleneck), transfer(Route(bottleneck.up, bottleneck.down))
-    for way in ("up", "down"):
-        assert ours[way] == pytest.approx(kernel[way], rel=0.05), (way, ours, kernel)
+    """Whatever else the machine does makes a transfer longer, never shorter: of several the shortest counts."""
+    kernel: list[dict[str, float]] = []
+    ours: list[dict[str, float]] = []
+    while len(ours) < 4 and not (ours and agree(kernel, ours)):
+        kernel.append(transfer(bottleneck))
+        ours.append(transfer(Route(bottleneck.up, bottleneck.down)))
+    assert agree(kernel, ours), (kernel, ours)
+
+
+def agree(kernel: list[dict[str, float]], ours: list[dict[str, float]]) -> bool:
+    """Whether the shortest transfers each way are within 5 % of one another."""
+    shortest = [{way: min(taken[way] for taken in each) for way in ("up", "down")} for each in (kernel, ours)]
+    return shortest[1] == pytest.approx(shortest[0], rel=0.05)
