@@ -373,15 +373,28 @@ class Broker:
         """
         if sender == BELL:
             return False
-        sizes = [len(frame) for frame in frames]
-        size = sum(sizes) + len(header)
+        sizes = list(map(len, frames))
         try:
             message = decode_data(header)
             check_sizes(message, sizes)
         except RemoteProtocolError:
             self.router.dropped += 1
             return True
-        route = self.router.relay.route(sender, message, size)
+        lane = self.router.relay.lane(sender, message)
+        if lane is None:
+            self._route(sender, message, header, frames)
+        else:
+            self._forward(lane.to, header, frames)
+            size = len(header) + sum(sizes)  # counted while it is on its way: a lone message waits for nothing else
+            lane.count(message, size)
+            self.relayed += 1
+            self.relayed_bytes += size
+        return True
+
+    def _route(self, sender: bytes, message: DataMessage, header: bytes, frames: list[zmq.Frame]) -> None:
+        """Pass a message on for which there is no lane yet, or never will be."""
+        relay, size = self.router.relay, len(header) + sum(map(len, frames))
+        route = relay.route(sender, message, size)
         if route is None:
             self.router.dropped += 1
         elif route.to == BROKER:
@@ -389,10 +402,9 @@ class Broker:
         else:
             sent = self._forward(route.to, header if route.message is None else encode(route.message), frames)
             if isinstance(message, Pull) and not sent:
-                self._forward(sender, encode(self.router.relay.lacking(message, self.router.relay.name_of(sender))), [])
+                self._forward(sender, encode(relay.lacking(message, relay.name_of(sender))), [])
             self.relayed += 1
             self.relayed_bytes += size
-        return True
 
     def _forward(self, to: bytes, header: bytes, frames: list[zmq.Frame]) -> bool:
         """Send a data message; return whether its connection took it."""

@@ -14,6 +14,7 @@ import zmq
 from zsplit.wire.frames import MAX_FRAMES
 from zsplit_broker.sockets import Socket
 
+LAST = 0
 MORE = int(zmq.SNDMORE)
 FIRST = int(zmq.SNDMORE | zmq.NOBLOCK)
 """Flags as plain integers: joining two members of the enumeration takes longer than sending a frame."""
@@ -31,14 +32,12 @@ class Port:
         """Wait for a message; return its sender, its header and its frames, the first `MAX_FRAMES` of them."""
         receive = self._receive
         sender = receive()
-        header = receive(copy=False)  # a frame says whether more follow at a tenth of what the socket takes
+        frame = header = receive(0, False)  # a frame says whether more follow at a tenth of what the socket takes
         frames: list[zmq.Frame] = []
-        more = header.more
-        while more:
-            frame = receive(copy=False)
+        while frame.more:
+            frame = receive(0, False)
             if len(frames) < MAX_FRAMES:
                 frames.append(frame)
-            more = frame.more
         return sender, header.bytes, frames
 
     def send(self, to: bytes, header: bytes, frames: list[zmq.Frame]) -> bool:
@@ -50,14 +49,11 @@ class Port:
             if error.errno not in (zmq.EHOSTUNREACH, zmq.EAGAIN):
                 raise
             return False
-        if frames:
-            send(header, MORE)
-            last = frames[-1]
-            for frame in frames[:-1]:
-                send(frame, MORE, copy=False)
-            send(last, copy=False)
-        else:
-            send(header)
+        left = len(frames)
+        send(header, MORE if left else LAST)
+        for frame in frames:
+            left -= 1
+            send(frame, MORE if left else LAST)  # frames are referred to without being told
         return True
 
 

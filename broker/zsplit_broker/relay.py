@@ -61,17 +61,17 @@ class Lane:
     """
 
     def __init__(
-        self, marks: tuple[str, str, Kind], sender: Session, receiver: Session, route: Route, traffic: Traffic
+        self, marks: tuple[str, str, Kind], sender: Session, receiver: Session, to: bytes, traffic: Traffic
     ) -> None:
         self.marks = marks
-        self.route = route
+        self.to = to
         self._sender = sender
         self._receiver = receiver
         self._traffic = traffic
         self._column, self._asks = (UP, 1) if sender.role == "client" else (DOWN, -1)
 
-    def count(self, message: Tensors | Step, size: int) -> None:
-        """Count a message of `size` bytes."""
+    def count(self, message: DataMessage, size: int) -> None:
+        """Count a message of `size` bytes that took this lane."""
         self._sender.up += size
         self._receiver.down += size
         if not isinstance(message, Tensors):
@@ -101,16 +101,23 @@ class Relay:
         self.traffic: dict[Lease, Traffic] = {}
         self._lanes: dict[tuple[bytes, Lease], Lane] = {}
 
+    def lane(self, sender: bytes, message: DataMessage) -> Lane | None:
+        """Return the lane that these tensors may take, or None where `route` has to find out.
+
+        Who sends a message on such a lane counts it there, best when it is on its way.
+        """
+        if not isinstance(message, Tensors):
+            return None
+        lane = self._lanes.get((sender, message.lease))
+        if lane is None or lane.marks != (message.run, message.session, message.kind):
+            return None
+        return lane
+
     def route(self, sender: bytes, message: DataMessage, size: int) -> Route | None:
         """Return where a data message goes, or None where it may not pass (stale, or not its sender's).
 
         `size` is the message's bytes; they count towards the lease, by kind, up and down.
         """
-        if isinstance(message, Tensors):
-            lane = self._lanes.get((sender, message.lease))
-            if lane is not None and lane.marks == (message.run, message.session, message.kind):
-                lane.count(message, size)
-                return lane.route
         if isinstance(message, Attach):
             return Route(sender, self._attach(sender, message))
         session = self.by_data.get(sender)
@@ -147,7 +154,7 @@ class Relay:
         if lane is None:
             return None
         lane.count(message, size)
-        return lane.route
+        return Route(lane.to)
 
     def _open_lane(self, session: Session, message: Tensors | Step) -> Lane | None:
         """Return the lane of what this peer sends under the lease, or None where the message may not pass."""
@@ -162,7 +169,7 @@ class Relay:
         if isinstance(message, Tensors) and message.kind != kind:
             return None
         marks = self.run, session.token, kind
-        lane = Lane(marks, session, to, Route(to.data), self._traffic(message.lease))
+        lane = Lane(marks, session, to, to.data, self._traffic(message.lease))
         self._lanes[session.data, message.lease] = lane
         return lane
 

@@ -15,6 +15,7 @@ PROTOCOL = 1
 Role = Literal["client", "server", "monitor"]
 Kind = Literal["train", "eval", "predict", "probe"]
 Count = Annotated[int, msgspec.Meta(ge=0, le=2**53)]
+Positive = Annotated[int, msgspec.Meta(ge=1, le=2**53)]
 Amount = Annotated[float, msgspec.Meta(ge=0, le=1e300)]
 Finite = Annotated[float, msgspec.Meta(ge=-1e300, le=1e300)]
 Bucket = Annotated[int, msgspec.Meta(ge=-3000, le=3000)]
@@ -47,8 +48,8 @@ class Plan(Record, frozen=True):
     """
 
     cut: str
-    micro_batches: int = 1
-    window: int = 1
+    micro_batches: Positive = 1
+    window: Positive = 1
     up: str = "raw"
     down: str = "raw"
 
@@ -343,8 +344,12 @@ class Bye(Control, frozen=True, tag="bye"):
     session: str
 
 
-class Data(msgspec.Struct, frozen=True, array_like=True, tag_field="type"):
-    """Base of the messages on the data connection: every one names its run and its sender's session."""
+class Data(msgspec.Struct, frozen=True, array_like=True, tag_field="type", gc=False):
+    """Base of the messages on the data connection: every one names its run and its sender's session.
+
+    Decoding one is a part of what the relay takes for a message. Nothing in it refers back to it, so the garbage
+    collector need not know of it.
+    """
 
     run: str
     session: str
@@ -362,7 +367,7 @@ class Detached(Data, frozen=True, tag="D"):
     """Broker → peer: I do not know this data connection; attach again."""
 
 
-class TensorMeta(msgspec.Struct, frozen=True, array_like=True):
+class TensorMeta(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """One tensor: what it is, its dtype (safetensors' names), shape, codec and byte count in its frame."""
 
     what: What
