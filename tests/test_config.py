@@ -420,11 +420,12 @@ class TestClientsLinks:
         assert link(1) == ClientShape(0.0, 0.0, 6.0, "home.csv")
 
     @pytest.mark.parametrize(
-        "header", ["", "seconds,uplink_mbps,downlink_mbps\n", "seconds, uplink_mbps, downlink_mbps\n"]
+        "header",
+        ["", f"{COLUMNS}\n", COLUMNS.replace(",", ", ") + "\n", f"\ufeff{COLUMNS}\r\n", "\ufeff"],
     )
     def test_a_trace_is_lines_of_time_and_rates_with_or_without_a_header(self, tmp_path: Path, header: str) -> None:
         path = tmp_path / "home.csv"
-        path.write_text(header + "0,10,25\n\n 1.5, 0, 1e1 \r\n")
+        path.write_text(header + "0,10,25\n\n 1.5, 0, 1e1 \r\n", encoding="utf-8")
         rows = links(trace=str(path))(0).rows()
         assert rows == (Row(0.0, 10.0, 25.0), Row(1.5, 0.0, 10.0))
 

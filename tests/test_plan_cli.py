@@ -2,15 +2,19 @@
 
 import json
 from collections.abc import Callable
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import pytest
 from conftest import Ending
+from msgspec.structs import replace
+from rich.console import Console
 from situations import CUTS, a_client, a_link, a_profile, a_situation
 
 from zsplit.errors import ConfigError
+from zsplit.monitor.plans import profile as profile_tables
 from zsplit.plan import Decision, Situation, decide, explain
 from zsplit.plan.file import read_situation
 
@@ -139,6 +143,30 @@ def test_profile_prints_every_stretch_with_its_seconds_at_every_size(two: Situat
     assert rows[first][1:5] == ["3.12", "12.5", "50", "100"]
     assert rows[first + 1][:4] == ["6.25", "25", "100", "200"]
     assert [row[0] for row in rows[first::2] if row][:5] == [*CUTS, "loss"]
+
+
+def test_the_tables_of_a_profile_fit_80_cells_with_every_figure_whole() -> None:
+    seconds = (1.23456789e-6, 1.23456789e-3, 0.123456789, 1.23456789, 1.23456789)
+    wide = a_profile(seconds, (123456.0,) * 4, weights=1e9, saved=123456)
+    sizes = (1, 2, 4, 8, 16, 32, 100)
+    forward = [
+        replace(each, forward=each.forward[-1:] * len(sizes), backward=each.backward[-1:] * len(sizes))
+        for each in wide.stretches
+    ]
+    measured = replace(wide, cuts=tuple(f"layer{n}.0.relu_1" for n in range(4)), sizes=sizes, stretches=tuple(forward))
+    console = Console(width=80, file=StringIO())
+    with console.capture() as capture:
+        for part in profile_tables(a_client(profile=measured, link=a_link(1690))):
+            console.print(part)
+    out = capture.get()
+    assert "…" not in out
+    assert "e+" not in out
+    assert "link 1,690 Mbit/s up" in out
+    rows = [line.split() for line in out.splitlines()]
+    assert ["layer0.0.relu_1", *["0.001"] * len(sizes), "0.000"] in rows
+    assert ["layer1.0.relu_1", *["1.23"] * len(sizes), "0.000"] in rows
+    assert ["layer3.0.relu_1", *["1,235"] * len(sizes), "0.000"] in rows
+    assert ["loss", "1.0", "GB", "123", "kB"] in rows
 
 
 def test_profile_of_a_server_has_no_link(two: Situation, here: Here) -> None:

@@ -270,7 +270,9 @@ def test_a_run_that_plans_keeps_what_it_saw_and_said_and_its_plan_repeats_it_bit
 ) -> None:
     quick = (*QUICK, "broker.port=0", "train.batch_size=64", "plan.profile_seconds=1")
     auto = ("model.cut=auto", "train.micro_batches=auto")
-    assert here("run", "--no-monitor", *settings(*quick, *auto), "--out", "first").code == 0
+    ended = here("run", "--no-monitor", *settings(*quick, *auto), "--out", "first")
+    assert ended.code == 0
+    assert " ms (median), predicted were " in ended.out
     first, again = tmp_path / "first", tmp_path / "again"
     situation = msgspec.json.decode((first / "profile.json").read_bytes(), type=Situation)
     assert [site.client for site in situation.clients] == [0, 1]

@@ -132,6 +132,14 @@ def test_a_plan_that_is_not_there_or_is_none_is_said_in_a_sentence(tmp_path: Pat
         read_plans(config_of(plan__file=str(tmp_path / "plan.json")))
 
 
+@pytest.mark.parametrize("wrong", ['"window": 0', '"window": -1', '"micro_batches": 0'])
+def test_a_plan_under_which_no_micro_batch_could_leave_is_refused(tmp_path: Path, wrong: str) -> None:
+    file = tmp_path / "plan.json"
+    file.write_text('[{"round": 0, "plans": {"0": {"cut": "relu", ' + wrong + "}}}]")
+    with pytest.raises(ConfigError, match=r"is no plan of this version \(Expected `int` >= 1 "):
+        read_plans(config_of(plan__file=str(file), schedule__clients=1))
+
+
 def test_what_a_plan_was_made_from_is_kept_whole(tmp_path: Path) -> None:
     play = Play(config_of(model__cut="auto", schedule__clients=2)).begin()
     while play.scheduler.plans.situation is None:

@@ -752,6 +752,14 @@ def test_nothing_is_initialised_before_there_is_a_plan_and_turns_have_it() -> No
     assert (play.scheduler.plans.cut, play.scheduler.plans.predicted) == ("relu, pool", {0: 0.1, 1: 0.2})
 
 
+def test_the_cut_is_said_as_auto_only_where_the_planner_chooses_it() -> None:
+    waiting = Play(config_of(schedule__clients=2))
+    waiting.tell(Started(1))
+    assert waiting.scheduler.plans.cut == ""
+    assert waiting.begin().scheduler.plans.cut == "relu"
+    assert Play(config_of(**AUTO)).begin().scheduler.plans.cut == "auto"
+
+
 def test_fixed_plans_are_measured_where_a_prediction_is_asked_for_and_stay_fixed() -> None:
     play = Play(config_of(plan__predict=True, schedule__clients=2, train__micro_batches=4)).begin()
     while play.scheduler.plans.deciding is None:

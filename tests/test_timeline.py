@@ -237,7 +237,7 @@ def test_clients_come_before_servers_and_what_computes_before_what_is_sent(made:
 @pytest.mark.parametrize(
     ("content", "sentence"),
     [
-        (None, "FOLDER has no timeline.json: run it with --set run.timeline=true"),
+        (None, "FOLDER has no timeline.json: run it with --set run.timeline=true, or wait until it has begun"),
         (b"", "FILE is no timeline that zsplit wrote: give the folder of a run"),
         (b'{"traceEvents": []}', "FILE is no timeline that zsplit wrote: give the folder of a run"),
         (b"[\n]\n", "FILE has no span in it yet: wait until the run trains, or look at another run"),

@@ -219,6 +219,9 @@ def _print_result(result: "Result") -> None:
             f"{summary['rounds']} rounds, {summary['steps']} steps in {summary['seconds']:.1f} s",
             f"{up:.1f} MB up, {down:.1f} MB down",
         ]
+    if summary.get("steps") and summary["predicted_step_seconds"]:
+        taken, predicted = summary["step_seconds"]["median"], summary["predicted_step_seconds"]
+        figures.append(f"a step took {1000 * taken:.3g} ms (median), predicted were {1000 * predicted:.3g} ms")
     if summary:
         figures.append(f"Everything is in {result.folder}")
     if summary.get("model_file"):

@@ -41,8 +41,12 @@ class Plans:
 
     @property
     def cut(self) -> str:
-        """Where the model is cut, for a person: every place that a client has, `auto` before there is a plan."""
-        return ", ".join(dict.fromkeys(plan.cut for plan in self.in_use().values())) or "auto"
+        """Where the model is cut, for a person: every place that a client has, `auto` before there is a plan.
+
+        Nothing before the first server, where the model's own place is meant.
+        """
+        places = dict.fromkeys(plan.cut for plan in self.in_use().values())
+        return ", ".join(places) if places else "auto"
 
     @property
     def configured(self) -> Plan:

@@ -62,7 +62,7 @@ def ranges(clients: str) -> list[tuple[int, float]]:
 def read_trace(path: str) -> tuple[Row, ...]:
     """Return the rows of a trace, a CSV with or without a header. Raises ConfigError with the line and the way out."""
     try:
-        text = Path(path).expanduser().read_text(encoding="utf-8")
+        text = Path(path).expanduser().read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         why = error.strerror if isinstance(error, OSError) else "it is not text in UTF-8"
         raise ConfigError(

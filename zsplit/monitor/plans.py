@@ -61,11 +61,12 @@ def _shares(forecast: Forecast) -> Iterator[Text]:
 
 
 def profile(site: ClientSite | ServerSite) -> Iterator[RenderableType]:
-    """Yield what a peer measured: itself, its link, and a table of the stretches of the model."""
+    """Yield what a peer measured: itself, its link, and tables of the stretches of the model."""
     measured = site.profile
     who = f"Client {site.client}" if isinstance(site, ClientSite) else f"Server {site.server}"
     yield Text("\n".join([f"{who}: {_machine(site.machine)}", *_facts(site)]))
-    yield _stretches(measured)
+    yield _times(measured)
+    yield _sizes(measured)
 
 
 def _machine(machine: Machine) -> str:
@@ -88,34 +89,52 @@ def _facts(site: ClientSite | ServerSite) -> Iterator[str]:
 
 
 def _link(link: LinkSpeed) -> str:
-    up, down = (f"{rate / MEGABIT:.3g} Mbit/s" for rate in (link.up, link.down))
+    up, down = (f"{_short(rate / MEGABIT)} Mbit/s" for rate in (link.up, link.down))
     trip = milliseconds(link.rtt)
     return f"link {up} up, {down} down, round trip {trip}, rates vary by {100 * link.spread:.0f} %"
 
 
-def _stretches(measured: Profile) -> Table:
-    table = Table(
-        title="ms for the forward and (below) the backward pass of a slice, by its samples",
-        caption="saved, up, down: bytes a sample that wait for the backward pass, and that cross at the cut",
-        box=box.SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
-    )
-    table.add_column("up to", overflow="fold")
-    for column in (*map(str, measured.sizes), "step", "weights", "saved", "up", "down"):
-        table.add_column(column, justify="right")
-    for index, stretch in enumerate(measured.stretches):
-        last = index >= len(measured.cuts)
+def _times(measured: Profile) -> Table:
+    """Return the seconds of each stretch: as narrow as figures in full can be, since a terminal may have 80 cells."""
+    title = "ms forward and (below) backward, by samples of a slice"
+    table = _table(title, (*map(str, measured.sizes), "step"))
+    for name, stretch in zip(_names(measured), measured.stretches, strict=False):
         pairs = zip(stretch.forward, stretch.backward, strict=True)
-        crossing = ("", "") if last else (_bytes(measured.up[index]), _bytes(measured.down[index]))
-        table.add_row(
-            "loss" if last else measured.cuts[index],
-            *(f"{1000 * forward:.3g}\n{1000 * backward:.3g}" for forward, backward in pairs),
-            f"{1000 * stretch.step:.3g}",
-            _bytes(stretch.weights),
-            _bytes(stretch.saved),
-            *crossing,
-        )
+        table.add_row(name, *(f"{_ms(forward)}\n{_ms(backward)}" for forward, backward in pairs), _ms(stretch.step))
     return table
+
+
+def _sizes(measured: Profile) -> Table:
+    """Return the bytes of each stretch."""
+    table = _table("weights in all, the rest for each sample", ("weights", "saved", "up", "down"))
+    table.caption = "saved for the backward pass, up and down at the cut"
+    crossing = [*zip(measured.up, measured.down, strict=True), ()]
+    for name, stretch, ways in zip(_names(measured), measured.stretches, crossing, strict=False):
+        table.add_row(name, *map(_bytes, (stretch.weights, stretch.saved, *ways)))
+    return table
+
+
+def _table(title: str, columns: Sequence[str]) -> Table:
+    """Return a table of stretches, still without rows."""
+    table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.add_column("up to", overflow="fold")
+    for column in columns:
+        table.add_column(column, justify="right", no_wrap=True)
+    return table
+
+
+def _names(measured: Profile) -> tuple[str, ...]:
+    return *measured.cuts, "loss"
+
+
+def _ms(seconds: float) -> str:
+    """Return milliseconds in 5 cells: `0.036`, `12.3`, `1,234`; what is below a microsecond is noise."""
+    return f"{1000 * seconds:.3f}" if seconds < 9.995e-4 else _short(1000 * seconds)
+
+
+def _short(value: float) -> str:
+    """Return a figure with three digits, or all before the point."""
+    return f"{value:.3g}" if value < 999.5 else f"{value:,.0f}"
 
 
 def _bytes(count: float) -> str:

@@ -129,6 +129,7 @@ class Client:
 
     def _measure(self, job: Measure) -> None:
         """Measure this peer's stretches of the model and its link to the server."""
+        self.link.report(Held(lease=job.lease, state="running"))
         with self.account.computing("measure"):
             profile = measure(self.workshop, self.config, lambda: self.data.train_batch(0, 0))
         probes = Probes(self.link, job.lease, self._answer)

@@ -13,7 +13,7 @@ from zsplit.train.half import Half, Workshop
 from zsplit.train.jobs import Evaluating, Handler, Initialising, Measuring, Merging, Training
 from zsplit.train.link import Fetched, Incoming, Link
 from zsplit.train.machine import describe
-from zsplit.wire.messages import Evaluate, Finish, Init, Job, Lease, Measure, Merge, Orders, Turn
+from zsplit.wire.messages import Evaluate, Finish, Init, Job, Lease, Measure, Merge, Orders, Step, Turn
 from zsplit.wire.messages import Tensors as TensorsMessage
 
 TELEMETRY_SECONDS = 0.25
@@ -51,7 +51,7 @@ class Server:
                 case Incoming(message=message):
                     if message.lease in self.jobs:
                         self.jobs[message.lease].incoming(event)
-                        self._samples += message.tensors[0].shape[0] if isinstance(message, TensorsMessage) else 0
+                        self._samples += _samples(message)
                 case None:
                     pass
             self._busy += time.monotonic() - began
@@ -98,3 +98,10 @@ class Server:
         if elapsed >= TELEMETRY_SECONDS:
             self.link.telemetry((), self._samples / elapsed, max(0.0, 1 - self._busy / elapsed))
             self._told, self._samples, self._busy = time.monotonic(), 0, 0.0
+
+
+def _samples(message: TensorsMessage | Step) -> int:
+    """Return the samples that a message brings: none on a probe, which carries bytes."""
+    if isinstance(message, Step) or message.kind == "probe":
+        return 0
+    return message.tensors[0].shape[0]

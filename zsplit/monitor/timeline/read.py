@@ -127,7 +127,7 @@ def _lines(path: Path, run: Path) -> list[bytes]:
         return path.read_bytes().split(b"\n")
     except FileNotFoundError as error:
         if run.is_dir():
-            sentence = f"{run} has no {TIMELINE}: run it with --set run.timeline=true"
+            sentence = f"{run} has no {TIMELINE}: run it with --set run.timeline=true, or wait until it has begun"
         else:
             sentence = f"{run} does not exist: give the folder of a run, such as runs/digits-1"
         raise ConfigError(sentence) from error
