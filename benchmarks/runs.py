@@ -11,8 +11,8 @@ import msgspec
 
 import zsplit
 from zsplit.config.shape import Row
-from zsplit.plan import Situation
-from zsplit.plan.file import Planned, encode_plans, read_plans
+from zsplit.plan import Decision, Situation, decide
+from zsplit.plan.file import Planned, encode_plans
 from zsplit.train.link.shaping import Line, lines
 from zsplit.wire.messages import Plan
 
@@ -95,13 +95,16 @@ class Task(NamedTuple):
         return dict.fromkeys(range(self.clients), plan)
 
 
+LONG_ROUND = 100_000
+"""Steps of a round beside which the transfer of the front is nothing: what is judged here is the step."""
+
+
 class Record(NamedTuple):
-    """What a run leaves: its summary, its rounds' figures, what it planned from and what it planned."""
+    """What a run leaves: its summary, its rounds' figures, and what it measured."""
 
     summary: dict[str, Any]
     rounds: list[dict[str, Any]]
     situation: Situation | None
-    planned: list[Planned]
 
 
 def run(task: Task, settings: Mapping[str, object]) -> Record:
@@ -111,26 +114,24 @@ def run(task: Task, settings: Mapping[str, object]) -> Record:
         result = zsplit.run_here(config, str(Path(folder, "run")))
         if not result.ok:
             raise click.ClickException(f"the run of {task.model} at {task.speed} failed: {result.sentence}")
-        return _record(Path(folder, "run"), result.summary, task.clients)
+        return _record(Path(folder, "run"), result.summary)
 
 
-def _record(folder: Path, summary: dict[str, Any], clients: int) -> Record:
+def _record(folder: Path, summary: dict[str, Any]) -> Record:
     rounds = [msgspec.json.decode(line) for line in (folder / "metrics.jsonl").read_bytes().splitlines()]
-    profile, plan = folder / "profile.json", folder / "plan.json"
-    return Record(
-        summary,
-        rounds,
-        msgspec.json.decode(profile.read_bytes(), type=Situation) if profile.exists() else None,
-        read_plans(plan, clients) if plan.exists() else [],
-    )
+    profile = folder / "profile.json"
+    situation = msgspec.json.decode(profile.read_bytes(), type=Situation) if profile.exists() else None
+    return Record(summary, rounds, situation)
 
 
-def plan_of(task: Task, cut: str = "auto") -> tuple[Situation, Planned]:
-    """Let a short run measure and plan; return what it measured and its plan. The cut may be fixed."""
+def plan_of(task: Task, cut: str = "auto") -> tuple[Situation, Decision]:
+    """Let a short run measure; return what it measured, and the plan for rounds that are long. The cut may be fixed."""
     record = run(task._replace(steps=1), {"run.rounds": 1, "model.cut": cut, "train.micro_batches": "auto"})
-    if record.situation is None or not record.planned:
-        raise click.ClickException(f"the run of {task.model} at {task.speed} left no profile or no plan")
-    return record.situation, record.planned[0]
+    if record.situation is None:
+        raise click.ClickException(f"the run of {task.model} at {task.speed} left no profile")
+    clients = tuple(msgspec.structs.replace(site, steps=LONG_ROUND) for site in record.situation.clients)
+    situation = msgspec.structs.replace(record.situation, clients=clients)
+    return situation, decide(situation)
 
 
 def step_seconds(task: Task, course: Sequence[Plans]) -> list[float]:

@@ -62,7 +62,7 @@ def test_plan_prints_a_table_for_each_plan_the_chosen_first_and_then_why(two: Si
     heads = [number for number, row in enumerate(rows) if row[:3] == ["cut", "M", "step"]]
     chosen = [rows[number + 2][:2] for number in heads]
     assert chosen == [[plan.cut, str(plan.micro_batches)] for plan in decision.plans.values()]
-    assert rows[heads[0]][3:] == ["client", "uplink", "server", "downlink"]
+    assert rows[heads[0]][3:] == ["client", "uplink", "server", "downlink", "turn"]
     assert all(sum(cell == "%" for cell in rows[number + 2]) == 4 for number in heads)
     assert "".join(out.split()).endswith("".join("".join(explain(decision)).split()))
 

@@ -86,6 +86,14 @@ def test_the_spread_tells_how_steady_the_link_is() -> None:
     assert wild.spread > 0.5
 
 
+def test_on_a_fast_link_a_few_delays_do_not_pass_for_instability() -> None:
+    late = 0.02  # three times as long as 8 MiB take
+    found = measure_link(Wire(1250e6, 1250e6, 0.001, cycle(*[0.0] * 9, late)))
+    assert found.spread < 0.05
+    assert found.up == pytest.approx(1250e6, rel=0.05)
+    assert measure_link(Wire(1250e6, 1250e6, 0.001, cycle(0.0, 0.0, late))).spread > 0.5
+
+
 def check_is_usable(found: LinkSpeed) -> None:
     assert all(math.isfinite(each) and each > 0 for each in (found.up, found.down))
     assert math.isfinite(found.rtt)

@@ -78,12 +78,10 @@ def _factors(situation: Situation, plans: Mapping[int, Plan], book: RoundBook) -
 
 def _crowded(situation: Situation) -> set[tuple[str, int]]:
     """Return the peers whose hosts have fewer cores than those that train at the same time ask for."""
-    at_once = [situation.clients] if situation.policy == "parallel" else [(site,) for site in situation.clients]
     crowded: set[tuple[str, int]] = set()
-    for clients in at_once:
-        with_them = {site.server for site in clients}
+    for clients, servers in situation.at_once():
         peers = {("client", site.client): site.machine for site in clients}
-        peers |= {("server", site.server): site.machine for site in situation.servers if site.server in with_them}
+        peers |= {("server", site.server): site.machine for site in servers}
         cores, _ = shared_cores(list(peers.values()))
         crowded |= {peer for peer, place in zip(peers, cores, strict=True) if place.pool >= 0}
     return crowded

@@ -37,6 +37,7 @@ def situation_of(
             steps=steps[client],
             batch=min(config.train.batch_size, peers["client", client].prepared.train),
             server=measured.server,
+            turns=turns_of(config, steps[client]),
         )
         for client, measured in sorted(survey.clients.items())
     ]
@@ -45,6 +46,12 @@ def situation_of(
         for server, profile in sorted(survey.servers.items())
     ]
     return Situation(config.schedule.policy, tuple(clients), tuple(servers), limits)
+
+
+def turns_of(config: Config, steps: int) -> int:
+    """Return in how many turns a client takes the steps of a round."""
+    every = config.schedule.aggregate_every
+    return -(-steps // every) if every > 0 else 1
 
 
 def machine(prepared: Prepared) -> Machine:
@@ -56,13 +63,15 @@ def limits_of(config: Config, configured: Plan) -> Limits:
     """Return what the config fixes; `configured` is the plan that it would be without a planner."""
     micros = config.train.micro_batches
     optimizer = config.train.optimizer
+    slots = SLOTS[optimizer] if optimizer != "sgd" or config.train.momentum else 0
     return Limits(
         cut="" if config.model.cut == "auto" else configured.cut,
         micro_batches=micros if isinstance(micros, int) else 0,
         window=config.plan.window,
         min_cut=str(config.plan.min_cut),
         client_memory_mb=config.plan.client_memory_mb,
-        slots=SLOTS[optimizer] if optimizer != "sgd" or config.train.momentum else 0,
+        slots=slots,
+        carried=0 if config.schedule.optimizer_state == "reset" else slots,
         up=configured.up,
         down=configured.down,
     )

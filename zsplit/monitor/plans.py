@@ -37,11 +37,12 @@ def _candidates(title: str, candidates: Sequence[Candidate], everything: bool) -
     excluded = [each for each in candidates if each.excluded]
     shown = considered if everything else considered[:SHOWN]
     table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for column in ("cut", "M", "step", *RESOURCES):
+    for column in ("cut", "M", "step", *RESOURCES, "turn"):
         table.add_column(column, justify="left" if column == "cut" else "right", overflow="fold")
     for each in shown:
         step = milliseconds(each.slowest.step_seconds)
-        table.add_row(each.cut, str(each.micro_batches), step, *_shares(each.slowest))
+        turn = milliseconds(each.slowest.turn_seconds)
+        table.add_row(each.cut, str(each.micro_batches), step, *_shares(each.slowest), turn)
     left = [f"{len(considered) - len(shown)} more"] * (len(shown) < len(considered))
     left += [f"{len(excluded)} excluded"] * bool(excluded and not everything)
     table.caption = f"{', '.join(left)}: --all shows them" if left else None

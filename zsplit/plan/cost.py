@@ -98,6 +98,10 @@ class Timetable:
         row = self._fronts[self.index[cut]]
         return row.weights * (2 + slots) + row.saved * samples
 
+    def front_state(self, cut: str, carried: int) -> float:
+        """Return bytes of the front as it travels: weights, and so many optimizer buffers for each."""
+        return self._fronts[self.index[cut]].weights * (1 + carried)
+
     def has_front(self, cut: str) -> bool:
         """Whether every stretch up to the cut was measured."""
         return self.index[cut] < len(self._fronts)

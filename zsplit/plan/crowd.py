@@ -1,5 +1,6 @@
 """Clients that train at once and get into each other's way: their step times under given choices."""
 
+from collections import defaultdict
 from collections.abc import Sequence
 from functools import cached_property
 from math import inf
@@ -37,16 +38,12 @@ class Seat:
         """What this client may choose from. Raises PlanError where nothing is left."""
         return options(self.site, self.timetable, self.server, self.limits)
 
+    @cached_property
     def speeds(self) -> tuple[float, ...]:
         """Return what tells whether clients are alike: seconds of the longest front that was measured, and rates."""
         link = self.assumption.link
         longest = self.options.choices[-1].cut
         return sum(self.timetable.front(longest, self.site.batch)), link.up, link.down
-
-    def alone(self, choice: Choice, sharing: int) -> float:
-        """Return the seconds of a step, roughly, where the server does the same for so many clients."""
-        own = self.pace(choice)
-        return max(own.shortest(), sharing * own.server_busy)
 
     def pace(self, choice: Choice) -> Pace:
         """Return what a step takes on each resource."""
@@ -54,6 +51,16 @@ class Seat:
             link = self.assumption.link
             self._paces[choice] = pace(self.timetable, self.server, link, self.site.batch, *choice)
         return self._paces[choice]
+
+    def turn_seconds(self, choice: Choice) -> float:
+        """Return how long the front is on the link in a turn: down at its beginning, up at its end."""
+        link = self.assumption.link
+        state = self.timetable.front_state(choice.cut, self.limits.carried)
+        return state / link.down + state / link.up + 2 * link.rtt
+
+    def round_seconds(self, choice: Choice, step_seconds: float) -> float:
+        """Return the seconds of a round whose steps take so long."""
+        return self.site.steps * step_seconds + self.site.turns * self.turn_seconds(choice)
 
 
 class Score(NamedTuple):
@@ -77,6 +84,8 @@ class Crowd:
         cores, self._pools = shared_cores(machines)
         self._cores, self._server_cores = cores[: len(seats)], cores[len(seats) :]
         self._counted = max(LEAST, min(COUNTED, EFFORT // len(seats))) / max(seat.site.steps for seat in seats)
+        self.effort = 0
+        """Micro-batches that were simulated so far."""
         self._known: dict[tuple[Choice, ...], list[float]] = {}
         self._over: dict[tuple[Choice, ...], float] = {}
 
@@ -88,6 +97,7 @@ class Crowd:
         if key not in self._known:
             pipes = [self._pipe(index, choice, limit) for index, choice in enumerate(choices)]
             ends = simulate(pipes, self._server_cores, self._pools)
+            self.effort += sum(len(times) * len(pipe.pace.forward) for times, pipe in zip(ends, pipes, strict=True))
             if any(len(times) < pipe.steps for times, pipe in zip(ends, pipes, strict=True)):
                 self._over[key] = limit
                 return None
@@ -95,24 +105,53 @@ class Crowd:
         return self._known[key]
 
     def score(self, choices: Sequence[Choice], limit: float = inf) -> Score | None:
-        """Return how good the choices are; None where a round takes longer than `limit` seconds."""
-        steps = self.step_seconds(choices, limit) if self.least(choices) <= limit else None
+        """Return how good the choices are; None where a round takes longer than `limit` seconds.
+
+        The few steps that are simulated may leave work to those after them; a whole round cannot.
+        """
+        least = self.least(choices)
+        steps = self.step_seconds(choices, limit) if least <= limit else None
         if steps is None:
             return None
-        rounds = [seat.site.steps * seconds for seat, seconds in zip(self.seats, steps, strict=True)]
-        return Score(max(rounds), sum(rounds)) if max(rounds) <= limit else None
+        places = zip(self.seats, choices, steps, strict=True)
+        rounds = [seat.round_seconds(choice, seconds) for seat, choice, seconds in places]
+        slowest = max(least, *rounds)
+        return Score(slowest, sum(rounds)) if slowest <= limit else None
 
     def least(self, choices: Sequence[Choice]) -> float:
-        """Return seconds that the slowest client's round cannot be under."""
-        pairs = zip(self.seats, choices, strict=True)
-        return max(seat.site.steps * seat.pace(choice).shortest() for seat, choice in pairs) * (1 - 1e-9)
+        """Return seconds that the slowest client's round cannot be under: its own, and the work on what is shared."""
+        loads: defaultdict[tuple[str, int], float] = defaultdict(float)
+        longest = 0.0
+        for index, choice in enumerate(choices):
+            alone, work = self.weight([index], choice)
+            longest = max(longest, alone)
+            for shared, seconds in work.items():
+                loads[shared] += seconds
+        return max(longest, *loads.values()) * (1 - 1e-9)
 
-    def estimate(self, choices: Sequence[Choice]) -> float:
-        """Return roughly what `score` will find, for trying the promising first."""
-        loads = [0.0] * len(self._servers)
-        for seat, choice in zip(self.seats, choices, strict=True):
-            loads[self._servers.index(seat.site.server)] += seat.site.steps * seat.pace(choice).server_busy
-        return max(self.least(choices), *loads)
+    def knows(self, choices: Sequence[Choice]) -> bool:
+        """Whether the step times of these choices have been found."""
+        return tuple(choices) in self._known
+
+    def weight(self, members: Sequence[int], choice: Choice) -> tuple[float, dict[tuple[str, int], float]]:
+        """Return what a choice of some clients takes, all taken for the first of them.
+
+        That is the seconds that no round of theirs can be under, and those of a round in which each server and each
+        pool of cores works for them.
+        """
+        seat = self.seats[members[0]]
+        own, steps = seat.pace(choice), seat.site.steps
+        server = self._servers.index(seat.site.server)
+        loads = {("server", server): len(members) * steps * own.server_busy}
+        for places, busy in (
+            ([self._cores[index] for index in members], own.client_busy),
+            ([self._server_cores[server]] * len(members), own.server_busy),
+        ):
+            for pool, threads in places:
+                if pool >= 0:
+                    work = steps * busy * threads / self._pools[pool]
+                    loads["pool", pool] = loads.get(("pool", pool), 0.0) + work
+        return seat.round_seconds(choice, own.shortest()), loads
 
     def forecasts(self, choices: Sequence[Choice]) -> dict[int, Forecast]:
         """Return each client's step and how long in it each resource is busy."""
@@ -121,7 +160,7 @@ class Crowd:
         paces = [seat.pace(choice) for seat, choice in zip(self.seats, choices, strict=True)]
         servers, pools = self._loads(paces, steps)
         return {
-            seat.site.client: self._forecast(index, paces[index], steps[index], servers, pools)
+            seat.site.client: self._forecast(index, choices[index], steps[index], servers, pools)
             for index, seat in enumerate(self.seats)
         }
 
@@ -137,9 +176,10 @@ class Crowd:
         return servers, pools
 
     def _forecast(
-        self, index: int, own: Pace, seconds: float, servers: Sequence[float], pools: Sequence[float]
+        self, index: int, choice: Choice, seconds: float, servers: Sequence[float], pools: Sequence[float]
     ) -> Forecast:
-        server = self._servers.index(self.seats[index].site.server)
+        seat = self.seats[index]
+        own, server = seat.pace(choice), self._servers.index(seat.site.server)
         busy: dict[Bottleneck, float] = {
             "client": own.client_busy,
             "uplink": sum(own.uplink),
@@ -150,13 +190,15 @@ class Crowd:
         shared = [cores.pool for cores in (self._cores[index], self._server_cores[server]) if cores.pool >= 0]
         if any(seconds * pools[pool] > busy[longest] for pool in shared):
             longest = "cores"
-        return Forecast(seconds, busy["client"], busy["uplink"], busy["server"], busy["downlink"], longest)
+        parts = busy["client"], busy["uplink"], busy["server"], busy["downlink"]
+        return Forecast(seconds, *parts, longest, seat.turn_seconds(choice))
 
     def _pipe(self, index: int, choice: Choice, limit: float) -> Pipe:
         seat = self.seats[index]
         steps = WARM + max(1, round(self._counted * seat.site.steps))
         server = self._servers.index(seat.site.server)
-        return Pipe(seat.pace(choice), server, self._cores[index], steps, limit / seat.site.steps)
+        left = limit - seat.site.turns * seat.turn_seconds(choice)
+        return Pipe(seat.pace(choice), server, self._cores[index], steps, left / seat.site.steps)
 
 
 def shared_cores(machines: Sequence[Machine]) -> tuple[list[Cores], list[int]]:

@@ -45,7 +45,7 @@ def options(site: ClientSite, client: Timetable, server: Timetable, limits: Limi
             continue
         for micro_batches in _micro_batches(site, limits):
             window = _window(site, client, limits, cut, micro_batches)
-            reason = _too_large(site, client, server, micro_batches)
+            reason = too_large(site, client, server, micro_batches)
             if window and not reason:
                 choices.append(Choice(cut, micro_batches, window))
             else:
@@ -117,11 +117,14 @@ def _least_memory(site: ClientSite, client: Timetable, limits: Limits, cut: str,
     return client.front_memory(cut, slices(site.batch, micro_batches)[0], limits.slots) / MIB
 
 
-def _too_large(site: ClientSite, client: Timetable, server: Timetable, micro_batches: int) -> str:
-    """Return whose memory was not enough for slices of this size, or nothing."""
+def too_large(site: ClientSite, client: Timetable, server: Timetable, micro_batches: int) -> str:
+    """Return whose memory was not enough for slices of this size, or nothing.
+
+    A peer measures a whole mini-batch unless there is no room for it.
+    """
     largest = slices(site.batch, micro_batches)[0]
     for who, timetable in ((f"client {site.client}", client), (f"server {site.server}", server)):
-        if timetable.profile.note and largest > max(timetable.profile.sizes):
+        if largest > max(timetable.profile.sizes):
             return f"{who} ran out of memory with slices of {largest} samples"
     return ""
 
@@ -148,8 +151,8 @@ def _nothing_left(
         return f"The model has no place where it can be cut for {who}: use another model"
     measured = [cut for cut in excluded if not _unmeasured(site, client, server, cut)]
     most = max(_micro_batches(site, limits))
-    if measured and _too_large(site, client, server, most):
-        return f"{_sentence(_too_large(site, client, server, most))}: {_smaller_slices(limits)} lower train.batch_size"
+    if measured and too_large(site, client, server, most):
+        return f"{_sentence(too_large(site, client, server, most))}: {_smaller_slices(limits)} lower train.batch_size"
     if measured:
         need, cut = min((_least_memory(site, client, limits, cut, most), cut) for cut in measured)
         return (

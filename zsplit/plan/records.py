@@ -23,7 +23,10 @@ class Machine(msgspec.Struct, frozen=True):
 
 
 class ClientSite(msgspec.Struct, frozen=True):
-    """A client: its profile, its link, the steps of its round, the samples of its mini-batch, and its server."""
+    """A client: its profile, its link, the steps of its round, the samples of its mini-batch, and its server.
+
+    `turns` is in how many turns it takes the round's steps: each begins and ends with the front on the link.
+    """
 
     client: int
     machine: Machine
@@ -32,6 +35,7 @@ class ClientSite(msgspec.Struct, frozen=True):
     steps: int
     batch: int
     server: int = 0
+    turns: int = 1
 
 
 class ServerSite(msgspec.Struct, frozen=True):
@@ -47,7 +51,8 @@ class Limits(msgspec.Struct, frozen=True):
 
     An empty `cut` and 0 `micro_batches` are free. `window` is the most micro-batches in flight (0: all of the step),
     `min_cut` the first place that is allowed (empty: any), `client_memory_mb` MiB for training the front (0: any).
-    `slots` is how many buffers the optimizer keeps for each parameter. Places are names or indexes in digits.
+    `slots` is how many buffers the optimizer keeps for each parameter, `carried` how many of them travel with it.
+    Places are names or indexes in digits.
     """
 
     cut: str = ""
@@ -56,6 +61,7 @@ class Limits(msgspec.Struct, frozen=True):
     min_cut: str = ""
     client_memory_mb: float = 0.0
     slots: int = 0
+    carried: int = 0
     up: str = "raw"
     down: str = "raw"
 
@@ -71,10 +77,18 @@ class Situation(msgspec.Struct, frozen=True):
     servers: tuple[ServerSite, ...]
     limits: Limits = Limits()
 
+    def at_once(self) -> list[tuple[tuple[ClientSite, ...], tuple[ServerSite, ...]]]:
+        """Return the clients that compute at the same time, with their servers: all, or each client on its own."""
+        groups = [self.clients] if self.policy == "parallel" else [(site,) for site in self.clients]
+        used = [{site.server for site in group} for group in groups]
+        servers = [tuple(site for site in self.servers if site.server in numbers) for numbers in used]
+        return list(zip(groups, servers, strict=True))
+
 
 class Forecast(msgspec.Struct, frozen=True):
     """A client's step as predicted, in seconds, and how long in it each resource is busy.
 
+    `turn_seconds` is how long the front, with the optimizer's buffers, is on the link in each turn, down and up.
     `server_busy` counts what the server does for all its clients. `bottleneck` is the resource that is busy longest;
     `cores` are those of a host that client and server share.
     """
@@ -85,6 +99,7 @@ class Forecast(msgspec.Struct, frozen=True):
     server_busy: float
     downlink_busy: float
     bottleneck: Bottleneck
+    turn_seconds: float = 0.0
 
 
 class Candidate(msgspec.Struct, frozen=True):

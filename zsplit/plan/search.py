@@ -2,12 +2,14 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from difflib import get_close_matches
-from math import inf, isclose
+from math import inf
+from operator import contains
 
 from zsplit.errors import PlanError
 from zsplit.plan.cost import Timetable
 from zsplit.plan.crowd import Crowd, Score, Seat
-from zsplit.plan.options import Choice
+from zsplit.plan.kinds import ALIKE, Rough, kinds_of
+from zsplit.plan.options import Choice, too_large
 from zsplit.plan.records import Candidate, Decision, Forecast, Limits, ServerSite, Situation
 from zsplit.plan.words import notes_on
 from zsplit.wire.messages import Plan
@@ -15,32 +17,39 @@ from zsplit.wire.messages import Plan
 SIMPLER = 0.02
 """A plan with fewer micro-batches is taken where it is slower by no more than this share."""
 
-ALIKE = 0.1
-"""Clients whose speeds and links differ by no more than this share are given the same plan."""
-
-KINDS = 4
-"""How many kinds of clients are told apart in a crowd; where there are more, what counts as alike is widened."""
-
-ALIKE_SECONDS = 1e-3
-"""Round trips that differ by no more than this are alike."""
-
 PASSES = 4
 """How often each kind of client may answer to what the others chose."""
+
+LITTLE = 0.002
+"""A pass over all kinds that gains no more than this share is the last."""
+
+PATIENCE = 12
+"""Choices of a kind that are simulated in a row and gain nothing before the others are left out."""
+
+EFFORT, EFFORT_EACH = 60_000, 200
+"""Micro-batches that are simulated for a crowd in one pass, and those for each of its clients on top; a machine takes
+some microseconds for each."""
 
 
 def decide(situation: Situation, full: bool = False) -> Decision:
     """Return the fastest plan for every client, with its predicted step time.
 
     Under `parallel` the slowest client's round counts, then the sum of all; under `round_robin` each client's own.
-    A plan with fewer micro-batches wins where it is at most 2 % slower. `full` simulates also what cannot win, for a
-    complete ranking; the plans are the same. Raises PlanError where the limits leave a client nothing.
+    A plan with fewer micro-batches wins where it is at most 2 % slower. `full` simulates everything, for a complete
+    ranking; otherwise what does not look promising is left out. Raises PlanError where the limits leave a client
+    nothing.
     """
-    crowds = _crowds(situation)
+    return _decided(situation, full, {})
+
+
+def _decided(situation: Situation, full: bool, current: Mapping[int, Choice]) -> Decision:
+    crowds = crowds_of(situation)
     plans: dict[int, Plan] = {}
     predicted: dict[int, float] = {}
     ranking: list[Candidate] = []
     for crowd in crowds:
-        choices, candidates = _Search(crowd, full).run()
+        known = [current[seat.site.client] for seat in crowd.seats] if current else None
+        choices, candidates = Search(crowd, full, known).run()
         forecasts = crowd.forecasts(choices)
         for seat, choice in zip(crowd.seats, choices, strict=True):
             plans[seat.site.client] = _plan(choice, situation.limits)
@@ -54,14 +63,15 @@ def decide(situation: Situation, full: bool = False) -> Decision:
 def evaluate(situation: Situation, plans: Mapping[int, Plan]) -> dict[int, Forecast]:
     """Return what the given plans lead to. Raises PlanError for a client without a plan, and for a cut that is none."""
     forecasts: dict[int, Forecast] = {}
-    for crowd in _crowds(situation):
+    for crowd in crowds_of(situation):
         forecasts |= crowd.forecasts([_choice(seat, plans) for seat in crowd.seats])
     return {client: forecasts[client] for client in sorted(forecasts)}
 
 
 def improve(situation: Situation, current: Mapping[int, Plan], gain: float) -> Decision | None:
     """Return a better plan than the current one where it saves at least the share `gain` of the round, else None."""
-    decision = decide(situation)
+    choices = {client: Choice(plan.cut, plan.micro_batches, plan.window) for client, plan in current.items()}
+    decision = _decided(situation, False, choices)
     now, then = (_round_seconds(situation, plans) for plans in (current, decision.plans))
     return decision if then <= now * (1 - gain) and then < now else None
 
@@ -69,122 +79,118 @@ def improve(situation: Situation, current: Mapping[int, Plan], gain: float) -> D
 def _round_seconds(situation: Situation, plans: Mapping[int, Plan]) -> float:
     """Return what a round takes: its slowest client's time, or in turn the sum of all."""
     forecasts = evaluate(situation, plans)
-    rounds = [site.steps * forecasts[site.client].step_seconds for site in situation.clients]
+    own = [(site, forecasts[site.client]) for site in situation.clients]
+    rounds = [site.steps * each.step_seconds + site.turns * each.turn_seconds for site, each in own]
     return max(rounds) if situation.policy == "parallel" else sum(rounds)
 
 
-class _Search:
-    """Coordinate descent over kinds of clients: each takes its best choice given what the others have."""
+class Search:
+    """Coordinate descent over kinds of clients: each takes its best choice given what the others have.
 
-    def __init__(self, crowd: Crowd, full: bool) -> None:
+    A kind's choices are simulated in the order of a rough estimate, as long as that gains anything and not too much
+    has been simulated; with `full` all of them are. It may begin with `current`, the choices of the plan so far.
+    """
+
+    def __init__(self, crowd: Crowd, full: bool = False, current: Sequence[Choice] | None = None) -> None:
         self.crowd = crowd
         self.full = full
-        self.kinds = _kinds(crowd.seats)
+        self.current = current
+        self.kinds = kinds_of(crowd.seats)
+        self.rough = Rough(crowd, self.kinds)
+        self._allowed = (EFFORT + EFFORT_EACH * len(crowd.seats)) // len(self.kinds)
 
     def run(self) -> tuple[list[Choice], list[Candidate]]:
         """Return the choice of each seat, and the candidates of each kind, the chosen one first."""
-        choices = self._start()
+        picks = self._start()
+        best = self._score(picks)
         for _ in range(PASSES):
-            before = choices
-            for kind in self.kinds:
-                choices = _with(choices, kind, self._scored(choices, kind)[0][1])
-            if choices == before:
+            before = best
+            for kind in range(len(picks)):
+                picks, best = self._improved(picks, kind, best)
+            if best == before or (not self.full and before.within(best, LITTLE)):
                 break
-        best = self.crowd.score(choices)
-        assert best is not None
-        for kind in self.kinds:
-            choices = self._simplest(choices, kind, best)
-        return choices, [candidate for kind in self.kinds for candidate in self._ranking(choices, kind)]
+        for kind in range(len(picks)):
+            picks = self._simplest(picks, kind, best)
+        return self._seated(picks), [each for kind in range(len(picks)) for each in self._ranking(picks, kind)]
 
     def _start(self) -> list[Choice]:
-        """Return each kind's best where it has the server's share for itself."""
-        choices = [seat.options.choices[0] for seat in self.crowd.seats]
-        for kind in self.kinds:
-            seat = self.crowd.seats[kind[0]]
-            fastest = min(seat.options.choices, key=lambda choice: seat.alone(choice, len(self.crowd.seats)))
-            choices = _with(choices, kind, fastest)
-        return choices
+        """Return what is best to begin with: what looks best, alone or together, and the current choices."""
+        starts = [self.rough.together(), self.rough.alone()]
+        if self.current is not None:
+            current = [self.current[kind[0]] for kind in self.kinds]
+            starts += [current] * all(map(contains, self.rough.options, current))
+        return min(starts, key=self._score)
 
-    def _scored(
-        self, choices: Sequence[Choice], kind: Sequence[int], enough: float = 0.0
-    ) -> list[tuple[Score, Choice]]:
-        """Return a kind's choices with their scores, best first, the others keeping theirs.
+    def _seated(self, picks: Sequence[Choice]) -> list[Choice]:
+        """Return each seat's choice where each kind has picked one."""
+        choices = {seat: pick for kind, pick in zip(self.kinds, picks, strict=True) for seat in kind}
+        return [choices[seat] for seat in range(len(choices))]
 
-        What is slower than the best and than `enough`, by more than `_simplest` allows, may be missing.
-        """
-        options = self.crowd.seats[kind[0]].options.choices
-        tried = [(_with(choices, kind, option), option) for option in options]
-        scored: list[tuple[Score, Choice]] = []
-        limit = inf
-        for each, option in sorted(tried, key=lambda pair: self.crowd.estimate(pair[0])):
-            score = self.crowd.score(each, limit)
-            if score is not None:
-                scored.append((score, option))
-                limit = limit if self.full else min(limit, max(score.slowest, enough) * (1 + 2 * SIMPLER))
-        return sorted(scored, key=lambda pair: (pair[0], pair[1].micro_batches, options.index(pair[1])))
+    def _score(self, picks: Sequence[Choice]) -> Score:
+        score = self.crowd.score(self._seated(picks))
+        assert score is not None
+        return score
 
-    def _simplest(self, choices: Sequence[Choice], kind: Sequence[int], best: Score) -> list[Choice]:
+    def _hopeful(self, picks: Sequence[Choice], kind: int, best: Score) -> list[Choice]:
+        """Return a kind's choices that may be as good as the best, the most promising first."""
+        return self.rough.order(picks, kind, inf if self.full else best.slowest * (1 + ALIKE))
+
+    def _improved(self, picks: Sequence[Choice], kind: int, best: Score) -> tuple[list[Choice], Score]:
+        """Return the picks with a kind's best, and their score; `best` is that of the picks."""
+        found = list(picks)
+        until, vain = self.crowd.effort + self._allowed, 0
+        for option in self._hopeful(picks, kind, best):
+            if not self.full and (vain == PATIENCE or self.crowd.effort >= until):
+                break
+            tried, before = _with(picks, kind, option), self.crowd.effort
+            score = self.crowd.score(self._seated(tried), best.slowest)
+            vain = vain + (self.crowd.effort > before) if score is None or score.within(best, 0.0) else 0
+            if score is not None and score < best:
+                found, best = tried, score
+        return found, best
+
+    def _simplest(self, picks: Sequence[Choice], kind: int, best: Score) -> list[Choice]:
         """Give a kind the fewest micro-batches with which all is still about as fast as the best."""
-        close = [pair for pair in self._scored(choices, kind, best.slowest) if pair[0].within(best, SIMPLER)]
-        _, simplest = min(close, key=lambda pair: pair[1].micro_batches)
-        return _with(choices, kind, simplest)
+        order = self._hopeful(picks, kind, best)
+        until = self.crowd.effort + self._allowed
+        for micro_batches in sorted({option.micro_batches for option in order}):
+            close: list[tuple[Score, list[Choice]]] = []
+            for option in (option for option in order if option.micro_batches == micro_batches):
+                if micro_batches == picks[kind].micro_batches and not self.full:
+                    return list(picks)
+                if not self.full and self.crowd.effort >= until:
+                    break
+                tried = _with(picks, kind, option)
+                score = self.crowd.score(self._seated(tried), best.slowest * (1 + SIMPLER))
+                if score is not None and score.within(best, SIMPLER):
+                    close.append((score, tried))
+            if close:
+                return min(close)[1]
+        return list(picks)
 
-    def _ranking(self, choices: Sequence[Choice], kind: Sequence[int]) -> Iterator[Candidate]:
+    def _ranking(self, picks: Sequence[Choice], kind: int) -> Iterator[Candidate]:
         """Yield the candidates of a kind: the chosen one, the others, best first, and what was excluded."""
-        seats = [self.crowd.seats[index] for index in kind]
+        seats = [self.crowd.seats[index] for index in self.kinds[kind]]
         clients = tuple(seat.site.client for seat in seats)
-        options = [option for _, option in self._scored(choices, kind)]
-        for option in sorted(options, key=lambda option: option != choices[kind[0]]):
-            forecasts = self.crowd.forecasts(_with(choices, kind, option))
+        ranked = []
+        for option in self.rough.options[kind]:
+            tried = self._seated(_with(picks, kind, option))
+            if self.full or self.crowd.knows(tried):
+                ranked.append((option != picks[kind], self.crowd.score(tried), option.micro_batches, option))
+        for *_, option in sorted(ranked, key=lambda each: each[:3]):
+            forecasts = self.crowd.forecasts(self._seated(_with(picks, kind, option)))
             own = {client: forecasts[client] for client in clients}
             yield Candidate(clients, option.cut, option.micro_batches, own)
         for cut, micro_batches, reason in seats[0].options.excluded:
             yield Candidate(clients, cut, micro_batches, excluded=reason)
 
 
-def _with(choices: Sequence[Choice], kind: Sequence[int], choice: Choice) -> list[Choice]:
-    """Return the choices with one for all clients of a kind."""
-    return [choice if seat in kind else each for seat, each in enumerate(choices)]
+def _with(picks: Sequence[Choice], kind: int, pick: Choice) -> list[Choice]:
+    """Return the picks with another one for a kind."""
+    return [pick if each == kind else other for each, other in enumerate(picks)]
 
 
-def _kinds(seats: Sequence[Seat]) -> list[list[int]]:
-    """Return which seats are so alike that they are given the same plan."""
-    share = ALIKE
-    kinds = _grouped(seats, share)
-    while len(kinds) > KINDS and share < 1:
-        share *= 2
-        kinds = _grouped(seats, share)
-    return kinds
-
-
-def _grouped(seats: Sequence[Seat], share: float) -> list[list[int]]:
-    kinds: list[list[int]] = []
-    for index, seat in enumerate(seats):
-        kind = next((kind for kind in kinds if _alike(seats[kind[0]], seat, share)), None)
-        if kind is None:
-            kinds.append([index])
-        else:
-            kind.append(index)
-    return kinds
-
-
-def _alike(one: Seat, other: Seat, share: float) -> bool:
-    links = one.assumption.link, other.assumption.link
-    return (
-        _same(one) == _same(other)
-        and all(isclose(a, b, rel_tol=share) for a, b in zip(one.speeds(), other.speeds(), strict=True))
-        and isclose(links[0].rtt, links[1].rtt, rel_tol=share, abs_tol=ALIKE_SECONDS)
-    )
-
-
-def _same(seat: Seat) -> tuple[object, ...]:
-    """Return what is the same for clients that are alike."""
-    site = seat.site
-    machine = site.machine.cores, site.machine.threads, site.machine.device
-    return site.server, machine, site.steps, site.batch, seat.options.choices
-
-
-def _crowds(situation: Situation) -> list[Crowd]:
+def crowds_of(situation: Situation) -> list[Crowd]:
     """Return the clients that are simulated together: those at one server or host at once, or each on its own."""
     servers = {site.server: site for site in situation.servers}
     timetables = {number: Timetable(site.profile) for number, site in servers.items()}
@@ -230,6 +236,12 @@ def _choice(seat: Seat, plans: Mapping[int, Plan]) -> Choice:
         raise PlanError(
             f"The plan of client {site.client} cuts at {plan.cut!r}, for which the memory of client {site.client} or "
             f"server {site.server} was not enough when it measured itself: plan again"
+        )
+    reason = too_large(site, seat.timetable, seat.server, plan.micro_batches)
+    if reason:
+        raise PlanError(
+            f"The plan of client {site.client} has M = {plan.micro_batches}, but {reason} when it measured itself: "
+            "plan again, or with more micro-batches"
         )
     return Choice(plan.cut, plan.micro_batches, plan.window)
 

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 
 from zsplit.plan.crowd import shared_cores
 from zsplit.plan.links import MEGABIT, assumed
-from zsplit.plan.records import Candidate, ClientSite, Decision, Forecast, Situation
+from zsplit.plan.records import Candidate, ClientSite, Decision, Forecast, Machine, ServerSite, Situation
 from zsplit.wire.messages import Profile
 
 BUSY = {
@@ -19,10 +19,11 @@ BUSY = {
 def notes_on(situation: Situation) -> Iterator[str]:
     """Yield a sentence for each thing that a plan had to get around."""
     for client in situation.clients:
-        yield from _on_memory(f"Client {client.client}", client.profile)
+        yield from _on_memory(f"Client {client.client}", client.profile, client.batch)
         yield from _on_link(client)
     for server in situation.servers:
-        yield from _on_memory(f"Server {server.server}", server.profile)
+        largest = max((site.batch for site in situation.clients if site.server == server.server), default=0)
+        yield from _on_memory(f"Server {server.server}", server.profile, largest)
     yield from _on_cores(situation)
 
 
@@ -53,13 +54,12 @@ def milliseconds(seconds: float) -> str:
     return f"{1000 * seconds:,.0f} ms" if seconds >= 0.1 else f"{1000 * seconds:.3g} ms"
 
 
-def _on_memory(who: str, profile: Profile) -> Iterator[str]:
-    missing = profile.cuts[len(profile.stretches) :]
+def _on_memory(who: str, profile: Profile, batch: int) -> Iterator[str]:
+    missing, largest = profile.cuts[len(profile.stretches) :], max(profile.sizes, default=0)
     if missing:
         yield f"{who} ran out of memory on the way to {missing[0]!r}, so no cut from there on is planned"
-    elif profile.note:
-        largest = max(profile.sizes, default=0)
-        yield f"{who}: {profile.note.rstrip('.')}; slices have {largest} samples at most"
+    elif largest < batch:
+        yield f"{who} had no memory for slices of more than {largest} samples, so larger ones are not planned"
 
 
 def _on_link(site: ClientSite) -> Iterator[str]:
@@ -70,17 +70,24 @@ def _on_link(site: ClientSite) -> Iterator[str]:
 
 
 def _on_cores(situation: Situation) -> Iterator[str]:
-    clients, servers = situation.clients, situation.servers
-    cores, pools = shared_cores([*(site.machine for site in clients), *(site.machine for site in servers)])
-    for pool, size in enumerate(pools):
-        crowded = [site.client for site, own in zip(clients, cores, strict=False) if own.pool == pool]
-        theirs = [site.server for site, own in zip(servers, cores[len(clients) :], strict=True) if own.pool == pool]
+    """Yield a sentence for each host on which clients and servers that compute at the same time have too few cores."""
+    tight: dict[Machine, tuple[set[int], set[int]]] = {}
+    for clients, servers in situation.at_once():
+        sites: list[ClientSite | ServerSite] = [*clients, *servers]
+        cores, pools = shared_cores([site.machine for site in sites])
+        for pool, size in enumerate(pools):
+            here = [site for site, place in zip(sites, cores, strict=True) if place.pool == pool]
+            host = Machine(here[0].machine.host, size, 1, here[0].machine.device)
+            crowded, theirs = tight.setdefault(host, (set(), set()))
+            crowded |= {site.client for site in here if isinstance(site, ClientSite)}
+            theirs |= {site.server for site in here if isinstance(site, ServerSite)}
+    for host, (crowded, theirs) in tight.items():
         if crowded and theirs:
-            on_cpu = any(site.machine.device == "cpu" for site in clients if site.client in crowded)
-            what = f"{size} core{'s' * (size > 1)}" if on_cpu else "a GPU"
+            what = f"{host.cores} core{'s' * (host.cores > 1)}" if host.device == "cpu" else "a GPU"
+            whom = "all at once" if situation.policy == "parallel" else "a client and its server at once"
             yield (
-                f"{spelled(crowded).capitalize()} and server {', '.join(map(str, theirs))} share {what} of one host, "
-                "which are too few for all at once: micro-batches gain less"
+                f"{spelled(list(crowded)).capitalize()} and server {', '.join(map(str, sorted(theirs)))} share {what} "
+                f"of one host, which are too few for {whom}: micro-batches gain less"
             )
 
 
@@ -96,8 +103,19 @@ def _because(decision: Decision, clients: Sequence[int], named: bool) -> str:
         f"{_busy(own)}.",
         *(_instead(f"M = {each.micro_batches} there", each, own) for each in _telling(same, chosen)),
         *(_instead(f"The next best cut, {each.cut!r} with M = {each.micro_batches},", each, own) for each in rest[:1]),
+        *_handed_over(own),
     ]
     return " ".join(sentences)
+
+
+def _handed_over(own: Forecast) -> list[str]:
+    """Say what else a round takes where that is as long as a step."""
+    if own.turn_seconds < own.step_seconds:
+        return []
+    return [
+        f"In each turn the front is on the link for another {milliseconds(own.turn_seconds)}, which was counted: "
+        "a cut with a faster step and a larger front may be slower."
+    ]
 
 
 def _telling(same: Sequence[Candidate], chosen: Candidate) -> list[Candidate]:

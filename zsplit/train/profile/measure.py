@@ -11,7 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from zsplit.config import Config
 from zsplit.train.half import Workshop
 from zsplit.train.profile.chain import Chain, Flight, OutOfMemory, Seconds, room
-from zsplit.train.profile.overhead import Clock, batch_seconds, message_seconds
+from zsplit.train.profile.overhead import Clock, Messenger, batch_seconds
 from zsplit.train.profile.witness import Witness
 from zsplit.wire.messages import Profile, Stretch
 
@@ -48,13 +48,13 @@ def measure(
     witness = Witness(workshop.traced.cuts, config.codec)
     sizes = wanted = slice_sizes(config, batch_norm)
     stretches: list[Stretch] = []
-    message = message_seconds(clock)
-    try:
-        with room():
-            survey = Survey(Chain(workshop, config, clock), config, role, clock, until)
-        sizes, stretches = survey.take(wanted, witness)
-    except OutOfMemory:
-        pass  # nothing fits
+    with Messenger(clock) as messenger:
+        try:
+            with room():
+                survey = Survey(Chain(workshop, config, clock), config, role, clock, until, messenger)
+            sizes, stretches = survey.take(wanted, witness)
+        except OutOfMemory:
+            pass  # nothing fits
     cuts = tuple(cut.name for cut in workshop.traced.cuts)
     return Profile(
         cuts=cuts,
@@ -63,7 +63,7 @@ def measure(
         sizes=tuple(sizes),
         stretches=tuple(stretches),
         batch_seconds=batch_seconds(load, clock) if load is not None else 0.0,
-        message_seconds=message,
+        message_seconds=messenger.seconds,
         batch_norm=batch_norm,
         note=note(cuts, len(stretches), sizes[-1] if sizes[-1] < wanted[-1] else None),
     )
@@ -112,10 +112,12 @@ class Repetition(NamedTuple):
 
 
 class Survey:
-    """Measures a chain as a peer of this role runs it. `clock` is read to stop at `until`."""
+    """Measures a chain as a peer of this role runs it, and a message after each size. `clock` stops it at `until`."""
 
-    def __init__(self, chain: Chain, config: Config, role: Peer, clock: Clock, until: float) -> None:
-        self._chain, self._config, self._role = chain, config, role
+    def __init__(
+        self, chain: Chain, config: Config, role: Peer, clock: Clock, until: float, messenger: Messenger
+    ) -> None:
+        self._chain, self._config, self._role, self._messenger = chain, config, role, messenger
         self._clock, self._until = clock, until
         self._batch = config.train.batch_size
         self._depth = len(chain.parts)
@@ -183,9 +185,16 @@ class Survey:
         took = 0.0
         while len(done) < max(1, self._config.plan.profile_steps) and (not done or took < self._left()):
             began = self._clock()
-            done.append(Repetition({size: self._measure(size) for size in sizes}, self._chain.step(self._depth)))
+            done.append(Repetition(self._measure_all(sizes), self._chain.step(self._depth)))
             took = self._clock() - began
         return done
+
+    def _measure_all(self, sizes: Sequence[int]) -> dict[int, list[Seconds]]:
+        taken: dict[int, list[Seconds]] = {}
+        for size in sizes:
+            taken[size] = self._measure(size)
+            self._messenger.pass_on()
+        return taken
 
     def _measure(self, size: int) -> list[Seconds]:
         """Run the first slices of this size: a client all forward, then all backward, a server one after the other."""

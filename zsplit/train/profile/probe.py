@@ -11,10 +11,16 @@ Exchange = Callable[[int, int], float]
 """Sends so many bytes up, waits for so many back, at least 1 each way, and returns the seconds that it took."""
 
 PINGS = 9
-SAMPLES = 4
+SAMPLES = 4, 16
+"""Transfers whose rates are compared, at least and at most: of short ones, which single delays disturb, there are more.
+"""
+
 FIRST = 16 * 1024
 LARGEST = 8 * 2**20
 """Bytes of a transfer that is timed."""
+
+EXTREME = 8
+"""Where there are so many transfers, the fastest and the slowest in that number say nothing about the link."""
 
 LONG_ENOUGH = 0.1
 """Seconds of a transfer beside which the jitter of a round trip is small."""
@@ -40,7 +46,7 @@ def measure_link(exchange: Exchange, seconds: float = 1.5) -> LinkSpeed:
     """Return what `exchange` shows of the link, in about so many `seconds`.
 
     The round trip is the lower quartile of some tiny exchanges. A way's rate is bytes over the seconds beyond the round
-    trip: the size grows until these are a tenth of a second, or to 8 MiB, and the median of a few transfers of that
+    trip: the size grows until these are a tenth of a second, or to 8 MiB, and the median of some transfers of that
     size counts. All figures are finite and the rates above 0: a link that seems to have no speed, or an endless one,
     has a `spread` of 10.
     """
@@ -68,10 +74,15 @@ def _rate(transfer: Callable[[int], float], rtt: float, seconds: float) -> Rate:
             break
         size = min(LARGEST, int(size * _growth(taken - rtt)))
     samples = [taken]
-    while len(samples) < SAMPLES and (len(samples) < 2 or spent + taken < seconds):
+    while len(samples) < 2 or (_too_few(samples) and spent + taken < seconds):
         samples.append(_duration(transfer(size)))
         spent += samples[-1]
     return _summary(size, samples, rtt)
+
+
+def _too_few(samples: list[float]) -> bool:
+    least, most = SAMPLES
+    return len(samples) < least or (len(samples) < most and sum(samples) < least * LONG_ENOUGH)
 
 
 def _duration(seconds: float) -> float:
@@ -89,5 +100,7 @@ def _summary(size: int, samples: list[float], rtt: float) -> Rate:
     """Return the rate of some transfers. No longer than a round trip, or never through, is not measured."""
     if not all(rtt < taken < inf for taken in samples):
         return Rate(max(SLOWEST, size / max(median(samples), 1e-6)), UNKNOWN)
-    rates = [size / (taken - rtt) for taken in samples]
-    return Rate(max(SLOWEST, median(rates)), (max(rates) - min(rates)) / median(rates))
+    rates = sorted(size / (taken - rtt) for taken in samples)
+    beyond = len(rates) // EXTREME
+    rates = rates[beyond : len(rates) - beyond]
+    return Rate(max(SLOWEST, median(rates)), (rates[-1] - rates[0]) / median(rates))
