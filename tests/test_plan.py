@@ -376,6 +376,10 @@ def test_slices_have_sixteen_samples_where_the_model_has_batch_norm() -> None:
     found = decide(a_situation(a_client(profile=profile, link=a_link(1))), full=True).ranking
     assert {candidate.micro_batches for candidate in found} == {1, 2}
     assert {c.micro_batches for c in decide(a_situation(a_client(profile=profile), micro_batches=8)).ranking} == {8}
+    large = replace(profile, sizes=tuple(size * 100 // BATCH for size in SIZES))
+    situation = a_situation(a_client(profile=large, link=a_link(1), batch=100))
+    situation = replace(situation, servers=(replace(situation.servers[0], profile=large),))
+    assert {candidate.micro_batches for candidate in decide(situation, full=True).ranking} == {1, 2, 4, 6}
 
 
 def test_no_slice_is_without_a_sample() -> None:

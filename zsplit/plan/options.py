@@ -10,7 +10,7 @@ from zsplit.plan.cost import MIB, Timetable, slices
 from zsplit.plan.records import ClientSite, Limits
 
 MICRO_BATCHES = (1, 2, 4, 8, 16, 32)
-"""What is tried where the number of micro-batches is free."""
+"""What is tried where the number of micro-batches is free; under BatchNorm also the most that it allows."""
 
 NORM_SAMPLES = 16
 """Samples that a slice keeps at least where the model has BatchNorm: the statistics of fewer are too rough."""
@@ -89,8 +89,11 @@ def _micro_batches(site: ClientSite, limits: Limits) -> Iterator[int]:
     if limits.micro_batches:
         yield limits.micro_batches
         return
-    least = NORM_SAMPLES if site.profile.batch_norm else 1
-    yield from (count for count in MICRO_BATCHES if count == 1 or site.batch // count >= least)
+    if not site.profile.batch_norm:
+        yield from (count for count in MICRO_BATCHES if count <= site.batch)
+        return
+    most = min(max(1, site.batch // NORM_SAMPLES), max(MICRO_BATCHES))
+    yield from sorted({most, *(count for count in MICRO_BATCHES if count <= most)})
 
 
 def _unmeasured(site: ClientSite, client: Timetable, server: Timetable, cut: str) -> str:

@@ -2,7 +2,6 @@
 
 import os
 import socket
-import sys
 
 import torch
 
@@ -10,10 +9,6 @@ from zsplit.config import Config
 from zsplit.errors import ConfigError
 from zsplit.memory import keep_freed
 from zsplit.wire.messages import Prepared
-
-SWITCH_SECONDS = 2e-4
-"""How long a thread that computes may keep Python from one that sends or receives; Python's 5 ms are many micro-batches
-long where each hand-over on a message's way waits for it."""
 
 
 def choose_device(asked: str) -> torch.device:
@@ -31,7 +26,6 @@ def choose_device(asked: str) -> torch.device:
 def set_up(config: Config, threads: int) -> None:
     """Fix what the run wants fixed for the whole process: threads, deterministic algorithms; and keep its memory."""
     keep_freed()
-    sys.setswitchinterval(SWITCH_SECONDS)
     if threads:
         torch.set_num_threads(threads)
     torch.use_deterministic_algorithms(config.run.deterministic)
