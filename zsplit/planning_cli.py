@@ -138,7 +138,7 @@ def _measured(config: Config, apart: bool) -> "Situation":
     from zsplit.launch import share_cores
     from zsplit.plan import ClientSite, ServerSite, Situation
     from zsplit.wire.messages import Plan
-    from zsplit_broker.planning import limits_of
+    from zsplit_broker.planning import limits_of, policy_of
 
     config = config if apart else share_cores(config)
     clients = range(config.schedule.clients)
@@ -152,7 +152,7 @@ def _measured(config: Config, apart: bool) -> "Situation":
     sites = [ClientSite(client, machine, profile, links[client], own.steps, own.batch) for client in clients]
     servers = (ServerSite(0, theirs.machine(host), theirs.measure()),)
     limits = limits_of(config, Plan(own.workshop.cut, up=config.codec.up, down=config.codec.down))
-    return Situation(config.schedule.policy, tuple(sites), servers, limits)
+    return Situation(policy_of(config), tuple(sites), servers, limits)
 
 
 class _Here:

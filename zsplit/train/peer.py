@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from torch import nn
 
-from zsplit.config import from_json
+from zsplit.config import cut_of, from_json
 from zsplit.data import ClientData, Data, open_data, sample_shape
 from zsplit.errors import ZsplitError
 from zsplit.train.client import Client
@@ -63,7 +63,8 @@ def run_client(
         place = choose_device(device or config.client.device)
         mine = ClientData(config, link.welcome.index, data or open_data(config))
         shape = tuple(data.shape) if data else sample_shape(config)
-        client = Client(link, config, Workshop(config, shape, place, model), mine)
+        workshop = Workshop(config, shape, place, model, cut_of(config, link.welcome.index))
+        client = Client(link, config, workshop, mine)
         say(f"client {link.welcome.index} joined the run at {broker}")
         return client.serve()
 
