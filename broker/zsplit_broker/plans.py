@@ -53,11 +53,12 @@ class Plans:
         """What the config says; the cut by the name that the first server knows it by."""
         servers = sorted(index for role, index in self._peers if role == "server")
         cut = self._peers["server", servers[0]].prepared.cut if servers else str(self.config.model.cut)
+        tail = self._peers["server", servers[0]].prepared.tail if servers else ""
         micros = self.config.train.micro_batches
         micros = micros if isinstance(micros, int) else 1
         codec = self.config.codec
         window = self.config.plan.window or micros
-        return Plan(cut=cut, micro_batches=micros, window=window, up=codec.up, down=codec.down)
+        return Plan(cut=cut, micro_batches=micros, window=window, up=codec.up, down=codec.down, tail=tail)
 
     def ask(self, survey: Survey, round_: int, steps: Mapping[int, int]) -> Decide:
         """Ask for the first plan. `steps` is the number of steps of each client in a round."""

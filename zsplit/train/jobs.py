@@ -11,12 +11,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from zsplit.config import Config
-from zsplit.errors import ConfigError, RemoteProtocolError
+from zsplit.errors import RemoteProtocolError
 from zsplit.model import randomness
 from zsplit.train.account import Account
 from zsplit.train.aggregate import Part, merge
 from zsplit.train.half import Half, Workshop
 from zsplit.train.link import Fetched, Incoming, Link
+from zsplit.train.loss import check_labels, score
 from zsplit.train.machine import use_threads
 from zsplit.train.profile import measure
 from zsplit.train.state import State, Tensors
@@ -148,7 +149,7 @@ class Training:
 
     def _micro_batch(self, message: TensorsMessage, tensors: dict[str, Tensor]) -> None:
         smashed, labels = pair(tensors, self.half.device)
-        smashed.requires_grad_()
+        smashed.requires_grad_(not self.half.is_first)
         batch, micros = whole(message, "batch"), whole(message, "micros")
         if message.micro == 0:
             self.half.begin_step(micros)
@@ -171,8 +172,7 @@ class Training:
             self.at = (message.step, message.micro + 1)
 
     def _reply(self, message: TensorsMessage, smashed: Tensor, loss: Tensor, norms: bool) -> None:
-        gradient = smashed.grad if smashed.grad is not None else torch.zeros_like(smashed)
-        sent: list[tuple[What, Tensor, str]] = [("gradients", gradient, self.job.plan.down)]
+        sent = gradients_of(smashed, self.job.plan.down)
         if norms:
             sent.append(("norms", self.half.gradient_norms(), "raw"))
         lease, step, micro = self.job.lease, message.step, message.micro
@@ -231,35 +231,19 @@ def pair(tensors: Mapping[str, Tensor], device: torch.device) -> tuple[Tensor, T
     return tensors["smashed"].to(device), tensors["labels"].to(device)
 
 
+def gradients_of(smashed: Tensor, codec: str) -> list[tuple[What, Tensor, str]]:
+    """Return what to send back of smashed data: their gradients; nothing of the model's own input, which wants none."""
+    if not smashed.requires_grad:
+        return []
+    return [("gradients", smashed.grad if smashed.grad is not None else torch.zeros_like(smashed), codec)]
+
+
 def whole(message: TensorsMessage, name: str) -> int:
     """Return a positive whole number among the scalars. Raises RemoteProtocolError where it is none."""
     value = message.scalars.get(name, 0.0)
     if value < 1 or value != int(value):
         raise RemoteProtocolError(f"The header of a micro-batch has {name} = {value}")
     return int(value)
-
-
-def check_labels(labels: Tensor, outputs: Tensor) -> None:
-    """Raise ConfigError unless the outputs are logits (batch, classes) with one for each of the labels."""
-    if outputs.ndim != 2:
-        raise ConfigError(f"The model's output has {outputs.ndim} dimensions: training needs logits (batch, classes)")
-    if int(labels.max()) >= outputs.shape[1]:
-        raise ConfigError(
-            f"The data has the label {int(labels.max())}, the model only {outputs.shape[1]} outputs: "
-            "give it one for each class (model.num_classes)"
-        )
-
-
-def score(outputs: Tensor, labels: Tensor) -> dict[str, float]:
-    """Return loss, top-1 and top-5 summed over samples, in float64 and exactly."""
-    losses = F.cross_entropy(outputs, labels, reduction="none").double().sum()
-    ranked = outputs.topk(min(5, outputs.shape[1]), dim=1).indices == labels[:, None]
-    return {
-        "loss": float(losses),
-        "top1": float(ranked[:, 0].sum()),
-        "top5": float(ranked.any(dim=1).sum()),
-        "samples": float(len(labels)),
-    }
 
 
 def keeps(name: str) -> bool:

@@ -7,7 +7,6 @@ from typing import Literal, NamedTuple
 
 from zsplit.errors import LocalProtocolError
 
-
 What = Literal["forward", "tail", "backward"]
 
 
