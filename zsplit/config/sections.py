@@ -65,7 +65,8 @@ class ModelSection(Section, frozen=True):
     cut: Annotated[
         str | CountOr0,
         _is(
-            "a name or index from `zsplit cuts`, `input` or `output`; `auto`: the planner's choice; empty: the model's own"
+            "a name or index from `zsplit cuts`, or `input` or `output`; `auto`: the planner's choice; "
+            "empty: the model's own"
         ),
     ] = ""
     tail: Annotated[

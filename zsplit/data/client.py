@@ -110,7 +110,7 @@ class ClientData:
             yield self._gather(part, ids)
 
     def eval_ids(self, part: Literal["validation", "test"]) -> Iterator[Tensor]:
-        """Yield the positions of each batch's samples: in the training set (`validation`), or in the test set (`test`)."""
+        """Yield each batch's positions (B,) in the training set (`validation`) or in the test set (`test`)."""
         for position in range(self.batches(part)):
             yield self._batch(self.indices[part], position)
 

@@ -14,7 +14,7 @@ UNKNOWN = -1
 
 
 def labels_of(dataset: Samples, ids: Tensor) -> Tensor:
-    """Return the labels (B,), int64, of the samples at these positions (B,), without their inputs where that is possible."""
+    """Return the labels (B,), int64, of the samples at these positions (B,), without the inputs where that can be."""
     match dataset:
         case Pixels(labels=labels):
             return labels[ids]

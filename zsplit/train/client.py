@@ -55,7 +55,7 @@ class Client:
 
     def _serve(self) -> str:
         sizes = self.data.size("train"), self.data.size("validation"), self.data.size("test")
-        self.link.prepared(describe(self.workshop.device, self.workshop.cut, self.workshop.tail, *sizes))
+        self.link.prepared(describe(self.workshop.device, self.workshop.cut, *sizes, tail=self.workshop.tail))
         while self.orders.finish is None:
             job = self._next_job()
             if job is None:

@@ -134,8 +134,8 @@ class Workshop:
 class Half:
     """A front or a back. `load` before each turn, train it, then take its `state`.
 
-    `version` is the digest of the version whose weights it has; empty once a step has begun to move them. Where a half at
-    the server `is_first`, it takes the model's own input, whose gradients nobody wants.
+    `version` is the digest of the version whose weights it has; empty once a step has begun to move them. A half at the
+    server that `is_first` takes the model's own input, whose gradients nobody wants.
     """
 
     def __init__(self, part: Part, config: Config, rate: float, device: torch.device) -> None:

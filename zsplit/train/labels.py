@@ -42,9 +42,10 @@ class LabelBook:
         dataset = self._data.test if part == "test" else self._data.train
         lowest, highest = (int(each) for each in ids.aminmax())
         if lowest < 0 or highest >= len(dataset):
+            wrong = lowest if lowest < 0 else highest
             raise DataError(
-                f"Client {client} sent the sample id {lowest if lowest < 0 else highest}, and the server's {SETS[part]} "
-                f"set has {len(dataset)} samples: give both the same dataset (data.name, data.path)"
+                f"Client {client} sent the sample id {wrong}, and the server's {SETS[part]} set has {len(dataset)} "
+                "samples: give both the same dataset (data.name, data.path)"
             )
         labels = labels_of(dataset, ids)
         if int(labels.min()) < 0:

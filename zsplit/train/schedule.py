@@ -136,8 +136,8 @@ def picture(actions: Iterable[Action], slots: Slots = EVEN) -> str:
 
     A column is a slot of time, and a dot goes on with what began before it. The last row counts the micro-batches in
     flight: those whose activations the client keeps, from the begin of the forward to the end of the backward. A
-    wrong order is drawn as well: what was never sent is not waited for. In a U-shaped step a prime marks gradients, which
-    the server goes backward with.
+    wrong order is drawn as well: what was never sent is not waited for. In a U-shaped step a
+    prime marks the gradients with which the server goes backward.
 
     >>> print(picture(order(3, 2)))
     client      f0  f1          b0  f2  b1          b2

@@ -37,7 +37,7 @@ class Server:
 
     def serve(self) -> str:
         """Do the broker's jobs until the run is over. Raises RunFailedError where it failed."""
-        self.link.prepared(describe(self.workshop.device, self.workshop.cut, self.workshop.tail))
+        self.link.prepared(describe(self.workshop.device, self.workshop.cut, tail=self.workshop.tail))
         while True:
             event = self.link.next(TELEMETRY_SECONDS)
             began = time.monotonic()

@@ -1,7 +1,8 @@
 """U-shaped: the client has both ends of the model, and so labels and loss; the server has the middle.
 
-After Vepakomma et al. 2018 (arXiv 1812.00564, section 2, "U-shaped configurations without label sharing"). A micro-batch
-has four legs: 0 smashed data up, 1 the middle's output down, 2 its gradients up, 3 gradients of the smashed data down.
+After Vepakomma et al. 2018 (arXiv 1812.00564, "U-shaped configurations for split learning without label sharing"). A
+micro-batch has four legs: 0 smashed data up, 1 the middle's output down, 2 its gradients up, 3 gradients of the smashed
+data down.
 """
 
 from collections.abc import Mapping, Sequence
@@ -37,7 +38,7 @@ class UShaped(Training):
                     norms = self.backward(step, micro, smashed.pop(micro), reply)
         return loss, norms
 
-    def beside(self, targets: Tensor) -> list[Outgoing]:
+    def beside(self, _: Tensor) -> list[Outgoing]:
         return []
 
     def _tail(self, step: int, micro: int, slices: Sequence[Batch]) -> float:

@@ -78,8 +78,8 @@ class Desk(NamedTuple):
 class Training:
     """A turn: `run` trains its steps and returns the front as it is then, and what was done.
 
-    Here the loss is the server's: the targets travel with the smashed data. Where the loss is the client's, what becomes
-    of the micro-batches is different (`UShaped`, `Alone`).
+    Here the loss is the server's, and the targets travel with the smashed data. Where it is the client's, micro-batches
+    take another way (`UShaped`, `Alone`).
     """
 
     def __init__(self, desk: Desk, job: Turn, half: Half, account: Account) -> None:
@@ -116,8 +116,9 @@ class Training:
         return loss, len(targets)
 
     def micro_batches(self, step: int, slices: Sequence[Batch]) -> tuple[float, Tensor | None]:
-        """Take the slices of a step forward and backward; return their mean loss, and the norms of the server's gradients
-        where these are to be clipped.
+        """Take the slices of a step forward and backward.
+
+        Return their mean loss, and the norms of the server's gradients where these are to be clipped.
         """
         smashed: dict[int, Tensor] = {}
         loss, norms = 0.0, None
