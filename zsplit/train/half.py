@@ -59,6 +59,8 @@ class Workshop:
         if bool(tail) != (labels == "keep"):
             found = f"has a tail at '{tail}'" if tail else "has no tail"
             raise PlanError(f'The plan {found}, under train.labels = "{labels}": plan anew, or leave plan.file out.')
+        if tail:
+            self.check_cut(tail)
 
     def _find_earliest(self) -> CutPoint | None:
         """Return the first cut that `plan.min_cut` allows, or None where it allows all."""
