@@ -29,6 +29,14 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
         'schedule.server_model = "fused" has one back, which cannot begin at different cuts',
     ),
     ({"schedule.server_model": "fused", "train.clip_norm": 1.0}, "train.clip_norm = 1.0 has no meaning for one back"),
+    (
+        {"schedule.server_model": "shared", "train.labels": "keep"},
+        'schedule.server_model = "shared" cannot be with train.labels = "keep", where the loss is the client\'s',
+    ),
+    (
+        {"schedule.server_model": "fused", "model.cut": "output"},
+        'schedule.server_model = "fused" cannot be with model.cut = "output"',
+    ),
     ({"schedule.mixing": 0.5}, 'schedule.mixing = 0.5 means nothing under schedule.policy = "parallel"'),
     ({"schedule.max_staleness": 2}, "schedule.max_staleness = 2 means nothing under"),
     (

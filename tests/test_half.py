@@ -84,3 +84,61 @@ def test_running_statistics_move_as_the_config_says_when_a_half_steps(mode: str,
         half.part(x).sum().backward()
     half.step()
     assert half.part.get_buffer("bn2.num_batches_tracked") == moves
+
+
+# The tail
+
+
+def test_the_tail_begins_at_the_last_cut_unless_the_config_says_otherwise() -> None:
+    kept = {"train__labels": "keep"}
+    assert workshop(model__cut="stem").tail == ""
+    assert workshop(model__cut="stem", **kept).tail == "drop"
+    assert workshop(model__cut="stem", model__tail="pool", **kept).tail == "pool"
+    assert workshop(model__cut="stem", model__tail=2, **kept).tail == workshop().traced.cuts[2].name
+    assert workshop(model__cut="drop", model__tail="output", **kept).tail == "output"
+
+
+def test_a_tail_that_leaves_the_server_nothing_is_refused() -> None:
+    for tail in ("stem", "block.add", "input"):
+        assert refusal(model__cut="block.add", model__tail=tail, train__labels="keep").endswith(
+            " does not come after the cut at 'block.add' (1): move model.cut or model.tail."
+        )
+
+
+def test_a_model_that_is_cut_at_its_last_place_has_none_left_for_the_tail() -> None:
+    assert refusal(model__cut="drop", train__labels="keep") == (
+        "train.labels = \"keep\" leaves no cut for the tail behind 'drop' (5): cut the model earlier, "
+        'or set model.tail = "output" to keep the loss alone.'
+    )
+
+
+@pytest.mark.parametrize(
+    ("labels", "tail", "found"), [("keep", "", "has no tail"), ("share", "pool", "has a tail at 'pool'")]
+)
+def test_a_plan_whose_tail_is_not_what_the_labels_ask_for_is_refused(labels: str, tail: str, found: str) -> None:
+    mine = workshop(model__cut="stem", train__labels=labels)
+    with pytest.raises(PlanError) as caught:
+        mine.front("stem", tail)
+    assert str(caught.value) == (
+        f'The plan {found}, under train.labels = "{labels}": plan anew, or leave plan.file out.'
+    )
+
+
+def test_a_plan_with_a_tail_that_the_model_does_not_have_is_refused() -> None:
+    with pytest.raises(PlanError, match=r"There is no 'poool' .* \(the plan names it: plan anew"):
+        workshop(model__cut="stem", train__labels="keep").back("stem", "poool")
+
+
+def test_front_and_tail_are_one_half_and_the_middle_the_other() -> None:
+    mine = workshop(model__cut="stem", train__labels="keep")
+    ends, middle = mine.front("stem", "pool"), mine.back("stem", "pool")
+    assert set(ends.state().tensors()) == {"stem.weight", "stem.bias", "fc.weight", "fc.bias"}
+    assert all(name.startswith("block.") for name in middle.state().tensors())
+
+
+def test_at_the_ends_one_half_has_everything_and_the_other_nothing() -> None:
+    mine = workshop()
+    whole = set(mine.model.state_dict())
+    for empty, full in ((mine.front("input"), mine.back("input")), (mine.back("output"), mine.front("output"))):
+        assert set(full.state().tensors()) == whole
+        assert (empty.optimizer, empty.state().tensors(), empty.gradient_norms().tolist()) == (None, {}, [])

@@ -199,6 +199,29 @@ def test_two_cuts_give_front_middle_and_tail(cuts: tuple[str | int, str | int]) 
     assert_same(run([front, middle, tail], x, y), expected)
 
 
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("cuts", [("stem.0", "stem.1"), ("input", "flatten"), (1, "output"), ("input", "output")])
+def test_both_ends_as_one_part_and_the_middle_are_exact(cuts: tuple[str | int, str | int], training: bool) -> None:
+    model, (x, y) = build("residual"), batch(12)
+    torch.manual_seed(1)
+    expected = run([copy.deepcopy(model).train(training)], x, y)
+    ends, middle = copies(trace(model, x).ends_apart(*cuts), training)
+    torch.manual_seed(1)
+    output = ends(middle(ends(x)), 1)
+    F.cross_entropy(output, y).backward()
+    assert_same((output.detach(), left_in([ends, middle])), expected)
+
+
+@pytest.mark.parametrize("end", ["input", "output"])
+def test_a_cut_at_an_end_leaves_one_part_with_nothing(end: str) -> None:
+    model, (x, _) = build("residual"), batch(12)
+    parts = split(model, x, end)
+    nothing, whole = parts if end == "input" else parts[::-1]
+    assert nothing(x) is x
+    assert not nothing.state_dict()
+    assert whole.state_dict().keys() == model.state_dict().keys()
+
+
 def test_two_threads_on_each_side_are_exact_too() -> None:
     model, (x, y) = build("residual"), batch(32, 16)
     torch.set_num_threads(2)

@@ -341,3 +341,60 @@ def test_an_example_is_a_batch() -> None:
         assert untraceable(nn.Linear(4, 4), example) == (
             f"An example of shape {list(example.shape)} is no batch: give it a first dimension of samples."
         )
+
+
+# The two ends
+
+
+def test_the_ends_of_a_model_are_cuts_outside_of_the_numbered_ones(resnet: Traced) -> None:
+    first, last = resnet.cut("input"), resnet.cut("output")
+    assert (first.index, last.index) == (-1, len(resnet.cuts))
+    assert (first.shape, last.shape) == (resnet.shape, (1000,))
+    assert (first.front_params, first.front_flops, last.back_params, last.back_flops) == (0, 0, 0, 0)
+    inner = resnet.cuts[0]
+    assert first.back_params == last.front_params == inner.front_params + inner.back_params
+    assert first.back_flops == last.front_flops == inner.front_flops + inner.back_flops
+    assert not {first, last} & set(resnet.cuts)
+    assert (resnet.is_input("input"), resnet.is_output("output")) == (True, True)
+    assert (resnet.is_input("conv1"), resnet.is_output(len(resnet.cuts) - 1)) == (False, False)
+
+
+def test_an_index_never_means_an_end(resnet: Traced) -> None:
+    for index in (-1, len(resnet.cuts)):
+        with pytest.raises(PlanError, match=f"There is no cut {index}"):
+            resnet.cut(index)
+
+
+def test_ends_come_before_and_behind_all_cuts(resnet: Traced) -> None:
+    with pytest.raises(PlanError, match=r"The cut 'conv1' \(0\) does not come after 'output' \(22\)"):
+        resnet.split("output", "conv1")
+    with pytest.raises(PlanError, match=r"The cut 'input' \(-1\) does not come after 'conv1' \(0\)"):
+        resnet.split("conv1", "input")
+
+
+class Named(Net):
+    """A model with a layer that is called like its end."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.input = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(self.input(x))
+
+
+def test_a_cut_inside_that_is_called_like_an_end_wins() -> None:
+    traced = trace(Named(), ROWS)
+    assert traced.cut("input").index == 0
+    assert not traced.is_input("input")
+
+
+class Pairs(Net):
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        y = self.a(x)
+        return y, self.b(y)
+
+
+def test_an_output_that_is_no_tensor_has_no_shape() -> None:
+    last = trace(Pairs(), ROWS).cut("output")
+    assert (last.shape, last.dtype, last.bytes_per_sample) == ((), "", 0)

@@ -20,6 +20,7 @@ from zsplit.wire.messages import (
     Kind,
     Lease,
     Measure,
+    Prepared,
     Role,
     Step,
     TensorMeta,
@@ -27,7 +28,7 @@ from zsplit.wire.messages import (
     Turn,
     What,
 )
-from zsplit_broker.events import Close
+from zsplit_broker.events import Close, Joined
 from zsplit_broker.relay import Relay, Route
 from zsplit_broker.session import Session
 from zsplit_broker.work import Peer, client_of
@@ -40,6 +41,7 @@ CONNECTIONS = 10
 
 connections = st.integers(0, CONNECTIONS - 1).map(b"id %d".__mod__)
 some = st.integers(0, 20)
+legs = st.integers(0, 3)
 metas = st.lists(
     st.builds(
         TensorMeta,
@@ -53,6 +55,15 @@ metas = st.lists(
 ).map(tuple)
 
 
+class UShaped(Play):
+    """A run in which the clients keep the tail, except where the planner chose the cut."""
+
+    def joined(self, peer: Peer) -> Joined:
+        joined = super().joined(peer)
+        tail: Prepared = msgspec.structs.replace(joined.prepared, tail="pool")
+        return msgspec.structs.replace(joined, prepared=tail)
+
+
 class Traffic(RuleBasedStateMachine):
     """Peers that send what they may and what they may not while the run goes on and connections change.
 
@@ -60,9 +71,15 @@ class Traffic(RuleBasedStateMachine):
     remembered from one message to the next, and so nothing can be forgotten too late.
     """
 
-    @initialize(data=st.data(), config=configs(), servers=st.integers(1, 2), random=st.randoms(use_true_random=False))
-    def start(self, data: st.DataObject, config: Config, servers: int, random: Random) -> None:
-        self.play = Play(config, data.draw(sizes_for(config)), servers).begin()
+    @initialize(
+        data=st.data(),
+        config=configs(),
+        servers=st.integers(1, 2),
+        random=st.randoms(use_true_random=False),
+        kind=st.sampled_from([Play, UShaped]),
+    )
+    def start(self, data: st.DataObject, config: Config, servers: int, random: Random, kind: type[Play]) -> None:
+        self.play = kind(config, data.draw(sizes_for(config)), servers).begin()
         self.sessions: dict[str, Session] = {}
         self.by_peer: dict[Peer, Session] = {}
         self.relay = Relay(RUN, self.play.scheduler, self.sessions, self.by_peer)
@@ -144,8 +161,10 @@ class Traffic(RuleBasedStateMachine):
     # Tensors and steps
 
     @precondition(lambda self: any(client_of(w.job) is not None for w in self.play.scheduler.work.values()))
-    @rule(number=some, back=st.booleans(), tensors=metas, extra=some, step=st.booleans())
-    def send_as_ordered(self, number: int, back: bool, tensors: tuple[TensorMeta, ...], extra: int, step: bool) -> None:
+    @rule(number=some, back=st.booleans(), tensors=metas, extra=some, step=st.booleans(), leg=legs)
+    def send_as_ordered(
+        self, number: int, back: bool, tensors: tuple[TensorMeta, ...], extra: int, step: bool, leg: int
+    ) -> None:
         """Send as one of the two that have a job together, which may not be ready yet; lanes are what this takes."""
         jobs = [w.job for w in self.play.scheduler.work.values() if client_of(w.job) is not None]
         job = jobs[number % len(jobs)]
@@ -155,7 +174,7 @@ class Traffic(RuleBasedStateMachine):
         if step:
             self.send(connection, Step(RUN, token, job.lease, 0, 1.0), extra)
         else:
-            self.send(connection, tensors_of(RUN, token, job.lease, KINDS[type(job)], tensors), extra)
+            self.send(connection, tensors_of(RUN, token, job.lease, KINDS[type(job)], tensors, leg), extra)
 
     @rule(
         connection=connections,
@@ -165,6 +184,7 @@ class Traffic(RuleBasedStateMachine):
         kind=st.sampled_from(["train", "eval", "probe"]),
         tensors=metas,
         extra=some,
+        leg=legs,
     )
     def send_anything(
         self,
@@ -175,23 +195,26 @@ class Traffic(RuleBasedStateMachine):
         kind: Kind,
         tensors: tuple[TensorMeta, ...],
         extra: int,
+        leg: int,
     ) -> None:
         """Send on some connection, with somebody's token, under a lease that is open or was."""
         leases = [*self.play.scheduler.work, *self.closed[-2:]]
         token = self.by_peer[self.peer(number)].token
-        self.send(connection, tensors_of(run, token, leases[which % len(leases)], kind, tensors), extra)
+        self.send(connection, tensors_of(run, token, leases[which % len(leases)], kind, tensors, leg), extra)
 
     @precondition(lambda self: self.sent)
-    @rule(back=st.integers(1, 4), change=st.sampled_from(["", "run", "kind", "session", "sender"]), number=some)
+    @rule(back=st.integers(1, 4), change=st.sampled_from(["", "run", "kind", "session", "sender", "leg"]), number=some)
     def send_again(self, back: int, change: str, number: int) -> None:
         """Send what passed a while ago, when the relay knew the way, or the like of it."""
         connection, message = self.sent[-min(back, len(self.sent))]
         peer = self.peer(number)
-        likes: dict[str, str] = {}
+        likes: dict[str, str | int] = {}
         if change == "run":
             likes["run"] = "another"
         elif change == "kind" and isinstance(message, Tensors):
             likes["kind"] = [*KINDS.values()][number % 3]
+        elif change == "leg" and isinstance(message, Tensors):
+            likes["leg"] = number % 5
         elif change in ("session", "sender"):
             likes["session"] = self.by_peer[peer].token
         if change == "sender":
@@ -240,6 +263,10 @@ class Traffic(RuleBasedStateMachine):
         ends: list[Peer] = [("client", client), ("server", work.job.server)]
         if sender not in ends:
             return None
+        tail = isinstance(work.job, Turn) and work.job.plan.tail
+        allowed = ([0, 2] if tail else [0], [1, 3] if tail else [1])[ends.index(sender)]
+        if isinstance(message, Tensors) and message.leg not in allowed:
+            return None
         ends.remove(sender)
         return ends[0] if ends[0] in self.connected else None
 
@@ -269,8 +296,8 @@ class Traffic(RuleBasedStateMachine):
             assert self.relay.asks_server(lease) == (roles["client"] > roles["server"])
 
 
-def tensors_of(run: str, token: str, lease: Lease, kind: Kind, tensors: tuple[TensorMeta, ...]) -> Tensors:
-    return Tensors(run, token, lease, kind, 0, 0, 0, tensors)
+def tensors_of(run: str, token: str, lease: Lease, kind: Kind, tensors: tuple[TensorMeta, ...], leg: int) -> Tensors:
+    return Tensors(run, token, lease, kind, 0, 0, leg, tensors)
 
 
 def kinds_of(message: Tensors, size: int) -> Counter[str]:

@@ -196,7 +196,7 @@ class Desk:
         return self.router.relay.route(sender.data, message, size)
 
     def tensors(self, sender: Member, lease: Lease, *metas: TensorMeta, **more: Any) -> Tensors:
-        fields = {"kind": "train", "step": 0, "micro": 0, "leg": 0} | more
+        fields = {"kind": "train", "step": 0, "micro": 0, "leg": 0 if sender.role == "client" else 1} | more
         return Tensors(RUN, sender.token, lease, tensors=metas or (SMASHED, LABELS), **fields)
 
     def after(self, seconds: float) -> list[Event]:
@@ -441,6 +441,15 @@ def test_a_ready_that_was_lost_is_made_up_for_by_running() -> None:
     assert stage.beat(stage.servers[0], Held(lease=lease, state="running", step=3)) == [Ready(lease)]
 
 
+def test_a_turn_that_is_done_at_once_is_ready_as_well() -> None:
+    stage = Stage(ready=False)
+    turn = stage.turns[0]
+    ready, done = stage.done(stage.servers[0], turn)
+    assert ready == Ready(turn.lease)
+    assert isinstance(done, Done)
+    assert stage.job(stage.clients[0]) == turn, "the client's side is not done by that"
+
+
 def test_a_peer_joins_once_it_is_prepared() -> None:
     desk = Desk()
     member = desk.enter("client", 0)
@@ -605,6 +614,14 @@ def test_tensors_pass_between_the_two_parties_of_a_granted_lease_and_nobody_else
     for sender, turn in zip([*stage.clients, *stage.servers], [*stage.turns[::-1], *stage.turns[::-1]], strict=True):
         assert stage.send(sender, stage.tensors(sender, turn.lease)) is None
         assert stage.send(sender, Step(RUN, sender.token, turn.lease, 0, 1.0)) is None
+
+
+@pytest.mark.parametrize("leg", [-1, 1, 2, 3, 4])
+def test_tensors_on_a_leg_that_is_not_the_sender_s_are_dropped(leg: int) -> None:
+    stage = Stage()
+    client, server, lease = stage.clients[0], stage.servers[0], stage.turns[0].lease
+    assert stage.send(client, stage.tensors(client, lease, leg=leg)) is None
+    assert (stage.send(server, stage.tensors(server, lease, leg=leg)) is None) == (leg != 1)
 
 
 def test_tensors_wait_for_the_grant_and_stop_with_the_lease() -> None:

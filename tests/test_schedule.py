@@ -11,24 +11,27 @@ from hypothesis import strategies as st
 
 from zsplit.errors import LocalProtocolError
 from zsplit.train import schedule
-from zsplit.train.schedule import Action, Slots, check, order, picture
+from zsplit.train.schedule import SPLIT, U_SHAPED, Action, Slots, What, check, order, picture
 
 sizes = st.integers(1, 30)
 small = st.integers(1, 4)
 slots = st.builds(Slots, *[st.integers(1, 3)] * 5)
 
 
-def drawn(micro_batches: int, window: int) -> str:
-    return " ".join(map(str, order(micro_batches, window)))
+NAMES: dict[str, What] = {"f": "forward", "t": "tail", "b": "backward"}
+
+
+def drawn(micro_batches: int, window: int, way: Sequence[What] = SPLIT) -> str:
+    return " ".join(map(str, order(micro_batches, window, way)))
 
 
 def actions_of(text: str) -> list[Action]:
-    return [Action("forward" if word[0] == "f" else "backward", int(word[1:])) for word in text.split()]
+    return [Action(NAMES[word[0]], int(word[1:])) for word in text.split()]
 
 
-def is_refused(actions: Sequence[Action], micro_batches: int, window: int) -> bool:
+def is_refused(actions: Sequence[Action], micro_batches: int, window: int, way: Sequence[What] = SPLIT) -> bool:
     try:
-        check(actions, micro_batches, window)
+        check(actions, micro_batches, window, way)
     except LocalProtocolError:
         return True
     return False
@@ -199,3 +202,90 @@ def test_a_picture_counts_what_is_in_flight_up_to_the_window(micro_batches: int,
     drawing = picture(order(micro_batches, window), costs)
     assert max(map(int, row(drawing, "in flight"))) == min(micro_batches, window)
     assert len(row(drawing, "in flight")) == len(row(drawing, "client"))
+
+
+# U-shaped
+
+
+@unhurried
+@given(sizes, sizes)
+def test_a_u_shaped_step_takes_answers_in_the_order_in_which_a_server_gives_them(
+    micro_batches: int, window: int
+) -> None:
+    actions = list(order(micro_batches, window, U_SHAPED))
+    answers = [Action("tail" if a.what == "forward" else "backward", a.micro) for a in actions if a.what != "backward"]
+    assert [action for action in actions if action.what != "forward"] == answers
+    assert len(actions) == 3 * micro_batches
+    check(actions, micro_batches, window, U_SHAPED)
+
+
+@unhurried
+@given(sizes, sizes)
+def test_a_u_shaped_step_sends_a_forward_as_soon_as_the_window_allows(micro_batches: int, window: int) -> None:
+    sent = answered = 0
+    for action in order(micro_batches, window, U_SHAPED):
+        if action.what == "forward":
+            sent += 1
+        else:
+            assert sent == micro_batches or sent - answered == window, "the link is left idle"
+            answered += action.what == "backward"
+        assert sent - answered <= window
+
+
+@pytest.mark.parametrize(
+    ("micro_batches", "window", "expected"),
+    [
+        (1, 1, "f0 t0 b0"),
+        (2, 1, "f0 t0 b0 f1 t1 b1"),
+        (3, 3, "f0 f1 f2 t0 t1 t2 b0 b1 b2"),
+        (4, 2, "f0 f1 t0 t1 b0 f2 b1 f3 t2 t3 b2 b3"),
+        (4, 3, "f0 f1 f2 t0 t1 t2 b0 f3 b1 b2 t3 b3"),
+    ],
+)
+def test_u_shaped_steps_as_a_sequence(micro_batches: int, window: int, expected: str) -> None:
+    assert drawn(micro_batches, window, U_SHAPED) == expected
+
+
+@unhurried
+@given(
+    st.lists(st.builds(Action, st.sampled_from(["forward", "tail", "backward"]), st.integers(0, 2)), max_size=9),
+    small,
+    small,
+)
+def test_any_u_shaped_step_is_refused_unless_it_is_legal(
+    actions: list[Action], micro_batches: int, window: int
+) -> None:
+    each = list(range(micro_batches))
+    legal = all([a.micro for a in actions if a.what == what] == each for what in U_SHAPED)
+    tails = list(accumulate({"forward": 1, "tail": -1}.get(action.what, 0) for action in actions))
+    backs = list(accumulate({"tail": 1, "backward": -1}.get(action.what, 0) for action in actions))
+    open_ = list(accumulate({"forward": 1, "backward": -1}.get(action.what, 0) for action in actions))
+    legal = legal and min(tails + backs, default=0) >= 0 and max(open_, default=0) <= window
+    assert is_refused(actions, micro_batches, window, U_SHAPED) != legal
+
+
+@pytest.mark.parametrize(
+    ("actions", "way", "sentence"),
+    [
+        ("f0 b0", U_SHAPED, "After f0, b0 is wrong: t0 comes first"),
+        ("f0 t1", U_SHAPED, "After f0, t1 is wrong: t0 comes first"),
+        ("f0 t0 t1", U_SHAPED, "After f0 t0, t1 is wrong: f1 comes first"),
+        ("f0 t0 b0 f1", U_SHAPED, "After f0 t0 b0 f1, the step ends without t1"),
+        ("f0 t0", SPLIT, "After f0, t0 is wrong: the model has no tail at the client"),
+    ],
+)
+def test_the_first_wrong_action_of_a_u_shaped_step_is_named(actions: str, way: Sequence[What], sentence: str) -> None:
+    with pytest.raises(LocalProtocolError) as caught:
+        check(actions_of(actions), 2, 2, way)
+    assert str(caught.value) == f"{sentence}; take the actions as zsplit.train.schedule.order gives them."
+
+
+@unhurried
+@given(sizes, sizes)
+def test_a_picture_of_a_u_shaped_step_shows_both_ways_of_every_micro_batch(micro_batches: int, window: int) -> None:
+    drawing = picture(order(micro_batches, window, U_SHAPED))
+    for name in ("uplink", "server", "downlink"):
+        cells = row(drawing, name)
+        for micro in range(micro_batches):
+            assert cells.index(str(micro)) < cells.index(f"{micro}'")
+    assert max(map(int, row(drawing, "in flight"))) == min(micro_batches, window)

@@ -83,7 +83,7 @@ def _work(task: Task) -> None:
 
     model, data = pickle.loads(task.objects)  # noqa: S301  (from our own parent)
     if task.role == "server":
-        run_server(task.address, task.device, model, data.shape if data else None)
+        run_server(task.address, task.device, model, data=data)
     else:
         run_client(task.address, task.number, task.device, model, data)
 

@@ -69,7 +69,7 @@ def run_here(
     on, and shows it until then. Ctrl-C stops everything and is raised again as `Interrupted`.
     Raises ZsplitError where a process cannot start.
     """
-    objects = _pickled(model, data)
+    objects = _objects(config, model, data)
     config = share_cores(_named(config, model, data))
     with _broker(config, out) as (process, place):
         peers: list[Peer] = []
@@ -108,6 +108,16 @@ def _named(config: Config, model: "nn.Module | None", data: "Data | None") -> Co
     if data is not None:
         config = replace(config, data=replace(config.data, name="own"))
     return config
+
+
+def _objects(config: Config, model: "nn.Module | None", data: "Data | None") -> dict[str, bytes]:
+    """Return a script's objects by the role that they are for: clients get no labels that live at the server."""
+    theirs = data
+    if data is not None and config.train.labels == "server":
+        from zsplit.data import without_labels
+
+        theirs = without_labels(data)
+    return {"server": _pickled(model, data), "client": _pickled(model, theirs)}
 
 
 def _pickled(model: "nn.Module | None", data: "Data | None") -> bytes:
@@ -167,7 +177,7 @@ def _place(process: "subprocess.Popen[str]") -> Place:
     return Place(told["address"], told["events"], Path(told["out"]))
 
 
-def _peers(config: Config, place: Place, objects: bytes, device: str) -> Iterator[Peer]:
+def _peers(config: Config, place: Place, objects: dict[str, bytes], device: str) -> Iterator[Peer]:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["zsplit.train.nursery"])
     logs = place.folder / "logs"
@@ -175,7 +185,7 @@ def _peers(config: Config, place: Place, objects: bytes, device: str) -> Iterato
     for role, index in [("server", 0), *(("client", i) for i in range(config.schedule.clients))]:
         name = f"{role} {index}"
         ours, theirs = context.Pipe(duplex=False)
-        task = Task(role, index, place.address, device, objects, Path.cwd(), logs / f"{role}-{index}.log")
+        task = Task(role, index, place.address, device, objects[role], Path.cwd(), logs / f"{role}-{index}.log")
         process = context.Process(target=live, args=(task, theirs), name=f"zsplit {name}", daemon=True)
         process.start()
         theirs.close()

@@ -51,12 +51,14 @@ class Plans:
     def configured(self, client: int) -> Plan:
         """Return what the config says; the cut by the name that the client knows it by, or else the first server."""
         peers = sorted(peer for peer in self._peers if peer == ("client", client) or peer[0] == "server")
-        cut = self._peers[peers[0]].prepared.cut if peers else str(cut_of(self.config, client))
+        prepared = self._peers[peers[0]].prepared if peers else None
+        cut = prepared.cut if prepared else str(cut_of(self.config, client))
+        tail = prepared.tail if prepared else ""
         micros = self.config.train.micro_batches
         micros = micros if isinstance(micros, int) else 1
         codec = self.config.codec
         window = self.config.plan.window or micros
-        return Plan(cut=cut, micro_batches=micros, window=window, up=codec.up, down=codec.down)
+        return Plan(cut=cut, micro_batches=micros, window=window, up=codec.up, down=codec.down, tail=tail)
 
     def ask(self, survey: Survey, round_: int, steps: Mapping[int, int]) -> Decide:
         """Ask for the first plan. `steps` is the number of steps of each client in a round."""

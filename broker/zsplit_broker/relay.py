@@ -18,6 +18,7 @@ from zsplit.wire.messages import (
     Measure,
     Pull,
     Ref,
+    Role,
     Step,
     Tensors,
     Turn,
@@ -55,14 +56,21 @@ class Traffic:
 class Lane:
     """What was found out about one peer's tensors under one lease: where they go and where they count.
 
-    Tensors with the same `marks` (run, session, kind) take it until a connection, a session or a lease ends; then
-    the relay forgets all lanes.
+    Tensors with the same `marks` (run, session, kind) on its `legs` take it until a connection, a session or a lease
+    ends; then the relay forgets all lanes.
     """
 
     def __init__(
-        self, marks: tuple[str, str, Kind], sender: Session, receiver: Session, to: bytes, traffic: Traffic
+        self,
+        marks: tuple[str, str, Kind],
+        legs: range,
+        sender: Session,
+        receiver: Session,
+        to: bytes,
+        traffic: Traffic,
     ) -> None:
         self.marks = marks
+        self.legs = legs
         self.to = to
         self._sender = sender
         self._receiver = receiver
@@ -108,7 +116,7 @@ class Relay:
         if not isinstance(message, Tensors):
             return None
         lane = self._lanes.get((sender, message.lease))
-        if lane is None or lane.marks != (message.run, message.session, message.kind):
+        if lane is None or lane.marks != (message.run, message.session, message.kind) or message.leg not in lane.legs:
             return None
         return lane
 
@@ -165,10 +173,11 @@ class Relay:
         to = self.by_peer.get(("server", job.server) if session.role == "client" else ("client", job.client))
         if to is None or to.data is None or session.data is None or not takes_part(session, job):
             return None
-        if isinstance(message, Tensors) and message.kind != kind:
+        legs = legs_of(job, session.role)
+        if isinstance(message, Tensors) and (message.kind != kind or message.leg not in legs):
             return None
         marks = self.run, session.token, kind
-        lane = Lane(marks, session, to, to.data, self._traffic(message.lease))
+        lane = Lane(marks, legs, session, to, to.data, self._traffic(message.lease))
         self._lanes[session.data, message.lease] = lane
         return lane
 
@@ -235,6 +244,12 @@ class Relay:
         """Drop what was found out and counted for a lease that is over."""
         self.traffic.pop(lease, None)
         self._lanes.clear()
+
+
+def legs_of(job: Job, role: Role) -> range:
+    """Return the legs on which a side may send: the client on even ones, the server on odd ones; 2 and 3 of a tail."""
+    last = 4 if isinstance(job, Turn) and job.plan.tail else 2
+    return range(0 if role == "client" else 1, last, 2)
 
 
 def peer_of(name: str) -> Peer:

@@ -182,9 +182,9 @@ class Router:
             work = self.scheduler.work.get(held.lease)
             if work is None or not takes_part(session, work.job):
                 continue
-            if held.state in ("ready", "running") and role == "server" and not work.ready:
-                yield Ready(held.lease)
-            elif held.state == "done" and role not in work.done and (work.ready or client_of(work.job) is None):
+            if held.state != "opening" and role == "server" and not work.ready and client_of(work.job) is not None:
+                yield Ready(held.lease)  # also where it is done at once, with nothing left to do
+            if held.state == "done" and role not in work.done and (role == "server" or work.ready):
                 tally = self._with_traffic(held.lease, held.tally, role)
                 yield Done(held.lease, role, held.digest, tally, held.profile, held.link)
 

@@ -80,6 +80,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
             rules.in_link(self.link),
             rules.in_client_links(self.link, self.schedule.clients),
             rules.in_planning(self.model, self.train, self.plan),
+            rules.in_labels(self.model, self.train, self.plan),
             rules.in_ports(self.broker),
         )
         for sentence in contradictions:

@@ -114,6 +114,12 @@ def in_server_model(schedule: ScheduleSection, train: TrainSection, model: Model
             f"schedule.server_model = {kind} has one back, which cannot begin at different cuts: "
             'leave the [[model.client]] tables out, or set schedule.server_model = "replica".'
         )
+    if train.labels == "keep" or model.cut == "output":
+        found = 'train.labels = "keep"' if train.labels == "keep" else 'model.cut = "output"'
+        yield (
+            f"schedule.server_model = {kind} cannot be with {found}, where the loss is the client's: "
+            'leave it out, or set schedule.server_model = "replica".'
+        )
     if schedule.server_model == "fused" and train.clip_norm:
         yield (
             f"train.clip_norm = {train.clip_norm} has no meaning for one back and several fronts that step at once: "
@@ -233,6 +239,30 @@ def in_planning(model: ModelSection, train: TrainSection, plan: PlanSection) -> 
         yield (
             f"plan.client_memory_mb = {plan.client_memory_mb} limits the planner's choice, and there is none: "
             'set model.cut or train.micro_batches to "auto", or leave it out.'
+        )
+
+
+def in_labels(model: ModelSection, train: TrainSection, plan: PlanSection) -> Iterator[str]:
+    """Where the labels are, and what the two ends of the model and a tail leave to be chosen."""
+    labels, cut = f"train.labels = {as_toml(train.labels)}", f"model.cut = {as_toml(model.cut)}"
+    if train.labels != "keep" and model.tail != "":
+        yield (
+            f"model.tail = {as_toml(model.tail)} means nothing under {labels}: "
+            'leave it out, or set train.labels = "keep".'
+        )
+    if train.labels != "share" and model.cut == "output":
+        yield (
+            f"{labels} cannot be with {cut}, where each client has the whole model and its labels: "
+            "leave train.labels out, or cut inside the model."
+        )
+    if train.labels == "keep" and model.cut == "auto":
+        yield f"{labels} needs a fixed cut, since the planner knows models of two parts only: set model.cut to a place."
+    fixed = labels if train.labels == "keep" else cut if model.cut in ("input", "output") else ""
+    asks = 'train.micro_batches = "auto"' if train.micro_batches == "auto" else "plan.predict = true"
+    if fixed and (train.micro_batches == "auto" or plan.predict):
+        yield (
+            f"{asks} means nothing with {fixed}, since the planner knows models of two parts only: "
+            "set a number of micro-batches and leave plan.predict out."
         )
 
 

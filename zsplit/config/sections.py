@@ -19,6 +19,7 @@ SharedOrder = Literal["step", "turn"]
 Rates = Literal["constant", "step", "multistep", "cosine"]
 Codec = Literal["raw"]
 BatchNorm = Literal["deferred", "micro"]
+Labels = Literal["share", "server", "keep"]
 Auto = Literal["auto"]
 
 Count = Annotated[int, Meta(ge=1)]
@@ -75,7 +76,14 @@ class ModelSection(Section, frozen=True):
     name: Annotated[str, _is("`digits/cnn`, or one of torchvision's classification models")] = "digits/cnn"
     num_classes: Annotated[Count, _is("number of outputs")] = 10
     cut: Annotated[
-        str | CountOr0, _is("a name or index from `zsplit cuts`; `auto`: the planner's choice; empty: the model's own")
+        str | CountOr0,
+        _is(
+            "a name or index from `zsplit cuts`, or `input` or `output`; `auto`: the planner's choice; "
+            "empty: the model's own"
+        ),
+    ] = ""
+    tail: Annotated[
+        str | CountOr0, _is("where the model comes back to the client (labels kept); empty: the last cut")
     ] = ""
     input: Annotated[tuple[Count, ...], _is("shape of a sample, channels first; empty: as the data")] = ()
     client: Annotated[
@@ -87,7 +95,9 @@ class DataSection(Section, frozen=True):
     """The samples and who has which."""
 
     name: Annotated[Dataset, _is("the dataset; `own`: objects that a Python script hands over")] = "digits"
-    path: Annotated[str, _is("folder with the dataset's files on each client; `~` is the home folder")] = ""
+    path: Annotated[
+        str, _is("folder with the dataset's files on each client, and on a server that has the labels; `~` is home")
+    ] = ""
     partition: Annotated[Partition, _is("how the training samples are dealt out to the clients")] = "iid"
     shape: Annotated[tuple[Count, ...], _is("shape of a sample, channels first (`fake`)")] = (3, 32, 32)
     classes: Annotated[Count, _is("number of classes (`fake`)")] = 10
@@ -120,6 +130,9 @@ class TrainSection(Section, frozen=True):
     batch_norm: Annotated[
         BatchNorm, _is("running statistics move once for a mini-batch, or with each of its micro-batches")
     ] = "deferred"
+    labels: Annotated[
+        Labels, _is("they travel with the smashed data, live at the server only, or stay at the client (U-shaped)")
+    ] = "share"
     clip_norm: Annotated[Size, _is("largest norm of the gradient over both sides of the cut; 0: any")] = 0.0
 
     @property

@@ -95,15 +95,24 @@ class ClientData:
 
         Raises `IndexError` for a step that the round does not have.
         """
+        return self._gather("train", self.train_ids(round, step))
+
+    def train_ids(self, round: int, step: int) -> Tensor:
+        """Return the positions (B,) in the training set of a step's samples. Raises `IndexError` as `train_batch`."""
         if not 0 <= step < self.steps_per_round:
             raise IndexError(f"step {step} of a round of {self.steps_per_round} steps")
         epoch, position = divmod(step, self.steps_per_epoch)
-        return self._gather("train", self._epoch_order(round, epoch), position)
+        return self._batch(self._epoch_order(round, epoch), position)
 
     def eval_batches(self, part: Literal["validation", "test"]) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield the part's batches in fixed order."""
+        for ids in self.eval_ids(part):
+            yield self._gather(part, ids)
+
+    def eval_ids(self, part: Literal["validation", "test"]) -> Iterator[Tensor]:
+        """Yield each batch's positions (B,) in the training set (`validation`) or in the test set (`test`)."""
         for position in range(self.batches(part)):
-            yield self._gather(part, self.indices[part], position)
+            yield self._batch(self.indices[part], position)
 
     def _split(self, shard: Tensor) -> tuple[Tensor, Tensor]:
         n_validation = math.floor(self._config.data.val_fraction * len(shard))
@@ -119,11 +128,14 @@ class ClientData:
             known = self._order = ((round, epoch), train[order])
         return known[1]
 
-    def _gather(self, part: Part, indices: Tensor, position: int) -> tuple[Tensor, Tensor]:
+    def _batch(self, indices: Tensor, position: int) -> Tensor:
         size = self._config.train.batch_size
-        dataset = self._data.test if part == "test" else self._data.train
-        x, y = gather(dataset, indices[position * size : (position + 1) * size])
-        _check_labels(self._config, y)
+        return indices[position * size : (position + 1) * size]
+
+    def _gather(self, part: Part, ids: Tensor) -> tuple[Tensor, Tensor]:
+        x, y = gather(self._data.test if part == "test" else self._data.train, ids)
+        if self._config.train.labels != "server":  # there a client has no labels
+            _check_labels(self._config, y)
         return x, y
 
 

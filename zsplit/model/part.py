@@ -5,7 +5,7 @@ from operator import attrgetter
 
 from torch import Tensor, fx, nn
 
-from zsplit.model.passes import ForwardPass, Stretch
+from zsplit.model.passes import ForwardPass, Pair, Stretch
 from zsplit.model.randomness import seed_node
 
 Forward = Callable[["Part", Tensor], Tensor]
@@ -14,6 +14,7 @@ Forward = Callable[["Part", Tensor], Tensor]
 class Part(nn.Module):
     """A front, a middle, a back or a tail: takes the smashed data (or the model's input) and gives the next.
 
+    Mostly it is one stretch of the model. Front and tail of one owner are one part of two stretches (`Traced.ends`).
     Its parameters and modules are those of the model that it was made from, under the same names, and not copies:
     training the parts trains the model, and where both sides run one module (a ReLU, say) they have it in common, with
     its mode. `copy.deepcopy` gives an independent part. `train()` and `eval()` switch between the two forward passes
@@ -21,22 +22,23 @@ class Part(nn.Module):
     weights travel as a `state_dict`.
     """
 
-    def __init__(
-        self, model: nn.Module, names: Collection[str], training: Stretch, evaluation: Stretch, owns: bool = False
-    ) -> None:
+    def __init__(self, model: nn.Module, names: Collection[str], *stretches: Pair, owns: bool = False) -> None:
         super().__init__()
         self.training = model.training
         self._owns = owns
-        self._adopt_modules(model, [*training.nodes, *evaluation.nodes])
+        self._adopt_modules(model, [node for pair in stretches for stretch in pair for node in stretch.nodes])
         self._adopt_tensors(model, names)
-        self._forwards: dict[bool, Forward] = {
-            mode: self._function(self._graph(names, model, stretch))
-            for mode, stretch in ((True, training), (False, evaluation))
-        }
+        self._forwards: list[dict[bool, Forward]] = [
+            {
+                mode: self._function(self._graph(names, model, stretch))
+                for mode, stretch in ((True, training), (False, evaluation))
+            }
+            for training, evaluation in stretches
+        ]
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Run the stretch in the mode that the part is in."""
-        return self._forwards[self.training](self, x)
+    def forward(self, x: Tensor, stretch: int = 0) -> Tensor:
+        """Run one of the part's stretches in the mode that the part is in."""
+        return self._forwards[stretch][self.training](self, x)
 
     def _adopt_modules(self, model: nn.Module, nodes: Collection[fx.Node]) -> None:
         modules = dict(model.named_modules())

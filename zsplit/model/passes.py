@@ -42,11 +42,12 @@ class Inventory:
     def deal(self, used: Sequence[Collection[str]]) -> list[list[str]]:
         """Return the names that go with each part, given the tensors that each uses; no tensor is in two of them.
 
-        What none uses goes with what stands before it in the model.
+        What none uses goes with what stands before it in the model, and what stands first with the first part that
+        uses anything.
         """
         shares: list[list[str]] = [[] for _ in used]
         owner = {main: part for part, mains in enumerate(used) for main in mains}
-        part = 0
+        part = next((part for part, mains in enumerate(used) if mains), 0)
         for name, main in self._main.items():
             if main in owner or main in self._stored:
                 part = owner.setdefault(main, part)
@@ -83,6 +84,10 @@ class Stretch:
     def flops(self) -> int:
         """FLOPs for one sample, forward."""
         return sum(self.source.facts[node].flops for node in self.nodes) // self.source.batch
+
+
+Pair = tuple[Stretch, Stretch]
+"""A stretch in training and in evaluation mode."""
 
 
 class ForwardPass:
@@ -131,6 +136,15 @@ class ForwardPass:
             takes=self.nodes[0] if takes is None else self._by_name[takes],
             gives=None if gives is None else self._by_name[gives],
         )
+
+    def nothing(self) -> Stretch:
+        """Return the part without an operation: it gives what it takes."""
+        return Stretch(source=self, nodes=(), takes=self.nodes[0], gives=self.nodes[0])
+
+    def result(self) -> Sample | None:
+        """Return one sample of the model's output, if that is a floating-point tensor with the batch first."""
+        result = self.nodes[-1].args[0]
+        return self.sample(self.names[result]) if isinstance(result, fx.Node) else None
 
     def sample(self, name: str) -> Sample | None:
         """Return one sample of a node's value, if that is a floating-point tensor with the batch first."""

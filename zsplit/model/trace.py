@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
+from functools import cached_property
 from itertools import pairwise
 from math import prod
 
@@ -12,14 +13,15 @@ from torch.nn.parameter import is_lazy
 
 from zsplit.errors import PlanError
 from zsplit.model.part import Part
-from zsplit.model.passes import ForwardPass, Inventory, Sample, Stretch
+from zsplit.model.passes import ForwardPass, Inventory, Pair, Sample
 
 
 @dataclass(frozen=True)
 class CutPoint:
     """A place where exactly one tensor crosses, named after the module or operation that makes it.
 
-    `index` counts from 0 in the order of execution. `shape` is that of one sample, without the batch; `dtype` is
+    `index` counts from 0 in the order of execution; the two ends of the model have −1 (`input`) and the number of cuts
+    (`output`). `shape` is that of one sample, without the batch; `dtype` is
     torch's name without the package (`float32`). Parameters are counted in numbers, tied ones once. FLOPs are
     those of the forward pass of one sample in matrix products, convolutions and attention; a multiply-add is 2.
     """
@@ -41,8 +43,8 @@ class CutPoint:
 Cut = CutPoint | str | int
 """What a cut may be given as."""
 
-Pair = tuple[Stretch, Stretch]
-"""A part in training and in evaluation mode."""
+INPUT, OUTPUT = "input", "output"
+"""The names of the two ends of a model, which are cuts as well: nothing before the one, nothing behind the other."""
 
 
 class Traced:
@@ -54,6 +56,7 @@ class Traced:
     def __init__(self, model: nn.Module, example: Tensor) -> None:
         self.model = model
         self.shape = tuple(example.shape[1:])
+        self._dtype = example.dtype
         self._kind = type(model).__name__
         self._inventory = Inventory(model)
         # Two sizes of batch: a dimension that has both is the batch. BatchNorm needs two samples.
@@ -66,14 +69,17 @@ class Traced:
     def cut(self, key: Cut) -> CutPoint:
         """Return the cut of this name or index (also in digits); a module's name stands for its last operation.
 
-        Raises PlanError where there is none, naming the nearest ones.
+        `input` and `output` are the ends of the model, unless a cut inside it has that name. Raises PlanError where
+        there is none, naming the nearest ones.
         """
         name = key.name if isinstance(key, CutPoint) else str(key)
-        if not self.cuts:
-            raise PlanError(self._uncuttable(name))
         named = [cut for cut in self.cuts if cut.name == name]
         if named and not isinstance(key, int):
             return named[0]
+        if name in self.ends:
+            return self.ends[name]
+        if not self.cuts:
+            raise PlanError(self._uncuttable(name))
         if isinstance(key, int) or name.isdecimal():
             return self._at(int(name))
         if any(each.position(name) is not None for each in (self._training, self._evaluation)):
@@ -89,25 +95,63 @@ class Traced:
         Their state_dicts hold, together and without overlap, what the model's holds. Raises PlanError for a cut that
         does not exist, and for cuts that are not in the model's order.
         """
-        points = [self.cut(cut) for cut in cuts]
-        for one, other in pairwise(points):
-            if other.index <= one.index:
-                raise PlanError(f"The cut {other} does not come after {one}: give the cuts in the model's order.")
-        parts = self._parts(points, owns=False)
+        parts = self._parts([[pair] for pair in self._between(cuts)])
         self._check_state(parts)
         return parts
+
+    def ends_apart(self, cut: Cut, tail: Cut) -> tuple[Part, Part]:
+        """Return front and tail as one part of two stretches, 0 and 1, and the middle between the two cuts.
+
+        So whoever has both ends has one set of names and one optimizer. Raises PlanError as `split` does.
+        """
+        front, middle, last = self._between((cut, tail))
+        parts = self._parts([[front, last], [middle]])
+        self._check_state(parts)
+        return parts[0], parts[1]
+
+    @cached_property
+    def ends(self) -> dict[str, CutPoint]:
+        """The two ends of the model by name. An output that is no tensor with the batch first has no shape."""
+        (pair,) = self._stretches()
+        parameters = self._inventory.parameters(self._inventory.deal([_reads(pair)])[0])
+        flops = pair[0].flops
+        shape, dtype = self._training.result() or ((), None)
+        return {
+            INPUT: _point(-1, INPUT, self.shape, self._dtype, (0, parameters), (0, flops)),
+            OUTPUT: _point(len(self.cuts), OUTPUT, shape, dtype, (parameters, 0), (flops, 0)),
+        }
+
+    def is_input(self, cut: Cut) -> bool:
+        """Whether a cut is the one before the whole model."""
+        return self.cut(cut).index < 0
+
+    def is_output(self, cut: Cut) -> bool:
+        """Whether a cut is the one behind the whole model."""
+        return self.cut(cut).index == len(self.cuts)
 
     def chain(self) -> tuple[Part, ...]:
         """Return the parts between all neighbouring cuts, to be run one after the other, as the uncut model runs.
 
         What one gives belongs to the next, which may change it in place where the model does.
         """
-        return self._parts(self.cuts, owns=True)
+        return self._parts([[pair] for pair in self._between(self.cuts)], owns=True)
 
-    def _parts(self, points: Sequence[CutPoint], owns: bool) -> tuple[Part, ...]:
-        stretches = self._stretches(*(point.name for point in points))
-        shares = self._inventory.deal([_reads(pair) for pair in stretches])
-        return tuple(Part(self.model, names, *pair, owns) for names, pair in zip(shares, stretches, strict=True))
+    def _parts(self, groups: Sequence[Sequence[Pair]], owns: bool = False) -> tuple[Part, ...]:
+        """Return a part for each group of stretches."""
+        shares = self._inventory.deal([set().union(*map(_reads, pairs)) for pairs in groups])
+        return tuple(Part(self.model, names, *pairs, owns=owns) for names, pairs in zip(shares, groups, strict=True))
+
+    def _between(self, cuts: Sequence[Cut]) -> list[Pair]:
+        """Return the stretches between these cuts and the ends of the model; at an end itself, nothing."""
+        points = [self.cut(cut) for cut in cuts]
+        for one, other in pairwise(points):
+            if other.index <= one.index:
+                raise PlanError(f"The cut {other} does not come after {one}: give the cuts in the model's order.")
+        stretches = self._stretches(*(point.name for point in points if 0 <= point.index < len(self.cuts)))
+        nothing = self._training.nothing(), self._evaluation.nothing()
+        before = [nothing] if points and points[0].index < 0 else []
+        behind = [nothing] if points and points[-1].index == len(self.cuts) else []
+        return [*before, *stretches, *behind]
 
     def _find_cuts(self) -> Iterator[CutPoint]:
         index, last = 0, -1
@@ -139,17 +183,7 @@ class Traced:
     def _point(self, index: int, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> CutPoint:
         pairs = self._stretches(name)
         front, back = map(self._inventory.parameters, self._inventory.deal([_reads(pair) for pair in pairs]))
-        return CutPoint(
-            index=index,
-            name=name,
-            shape=shape,
-            dtype=str(dtype).removeprefix("torch."),
-            bytes_per_sample=prod(shape) * dtype.itemsize,
-            front_params=front,
-            back_params=back,
-            front_flops=pairs[0][0].flops,
-            back_flops=pairs[1][0].flops,
-        )
+        return _point(index, name, shape, dtype, (front, back), (pairs[0][0].flops, pairs[1][0].flops))
 
     def _stretches(self, *places: str) -> list[Pair]:
         """Return the parts between these places and the ends of the model, in both modes."""
@@ -203,6 +237,28 @@ class Traced:
 
 def _reads(pair: Pair) -> set[str]:
     return pair[0].reads | pair[1].reads
+
+
+def _point(
+    index: int,
+    name: str,
+    shape: tuple[int, ...],
+    dtype: torch.dtype | None,
+    params: tuple[int, int],
+    flops: tuple[int, int],
+) -> CutPoint:
+    """Return a cut; without a dtype, what crosses there is no tensor."""
+    return CutPoint(
+        index=index,
+        name=name,
+        shape=shape,
+        dtype=str(dtype).removeprefix("torch.") if dtype else "",
+        bytes_per_sample=prod(shape) * dtype.itemsize if dtype else 0,
+        front_params=params[0],
+        back_params=params[1],
+        front_flops=flops[0],
+        back_flops=flops[1],
+    )
 
 
 def trace(model: nn.Module, example: Tensor) -> Traced:

@@ -14,10 +14,11 @@ from zsplit.train.account import Account
 from zsplit.train.half import Half, Workshop
 from zsplit.train.link import Fetched, Incoming, Link
 from zsplit.train.machine import describe, use_threads
+from zsplit.train.modes import evaluation, training
 from zsplit.train.profile import measure, measure_link
 from zsplit.train.state import State
-from zsplit.train.turn import Answers, Desk, Reply, Training, evaluate
-from zsplit.wire.messages import Evaluate, Held, Kind, Lease, Measure, Orders, Tally, Turn, What
+from zsplit.train.turn import Answers, Desk, Reply
+from zsplit.wire.messages import Evaluate, Held, Kind, Lease, Measure, Orders, Plan, Tally, Turn, What
 from zsplit.wire.messages import Tensors as TensorsMessage
 
 TELEMETRY_SECONDS = 0.25
@@ -36,7 +37,7 @@ class Client:
         self.workshop = workshop
         self.data = data
         self.orders = Orders(revision=0)
-        self.halves: dict[str, Half] = {}  # one at most: the current plan's
+        self.halves: dict[tuple[str, str], Half] = {}  # one at most: the current plan's
         self.index = link.welcome.index
         self.batches = Prefetch(data, config.run.rounds)
         self.desk = Desk(link, config, workshop, data, self.batches, self.index, self._answer, self._tell)
@@ -54,7 +55,7 @@ class Client:
 
     def _serve(self) -> str:
         sizes = self.data.size("train"), self.data.size("validation"), self.data.size("test")
-        self.link.prepared(describe(self.workshop.device, self.workshop.cut, *sizes))
+        self.link.prepared(describe(self.workshop.device, self.workshop.cut, *sizes, tail=self.workshop.tail))
         while self.orders.finish is None:
             job = self._next_job()
             if job is None:
@@ -89,17 +90,17 @@ class Client:
 
     def _train(self, job: Turn) -> None:
         began = time.monotonic()
-        half = self._half(job.plan.cut)
+        half = self._half(job.plan)
         self._load(job, half)
         use_threads(job.threads[0])
-        state, tally = Training(self.desk, job, half, self.account).run()
+        state, tally = training(self.desk, job, half, self.account).run()
         self._done(job.lease, tally, began, job.first + job.count, state)
 
     def _evaluate(self, job: Evaluate) -> None:
         began = time.monotonic()
-        half = self._half(job.plan.cut)
+        half = self._half(job.plan)
         self._load(job, half)
-        self._done(job.lease, evaluate(self.desk, job, half, self.account), began)
+        self._done(job.lease, evaluation(self.desk, job, half, self.account).run(), began)
 
     def _done(self, lease: Lease, tally: Tally, began: float, step: int = 0, state: State | None = None) -> None:
         """Report a job with its figures and what it leaves."""
@@ -110,11 +111,12 @@ class Client:
         digest = state.digest if state is not None else ""
         self.link.report(Held(lease=lease, state="done", step=step, digest=digest, tally=tally), state)
 
-    def _half(self, cut: str) -> Half:
-        if cut not in self.halves:
-            self.halves = {cut: self.workshop.front(cut)}
-            self.halves[cut].keep_for(self.index)
-        return self.halves[cut]
+    def _half(self, plan: Plan) -> Half:
+        place = plan.cut, plan.tail
+        if place not in self.halves:
+            self.halves = {place: self.workshop.front(*place)}
+            self.halves[place].keep_for(self.index)
+        return self.halves[place]
 
     def _load(self, job: Turn | Evaluate, half: Half) -> None:
         self.link.report(Held(lease=job.lease, state="opening"), at_once=False)
@@ -151,13 +153,14 @@ class Client:
             raise Revoked
         return None
 
-    def _answer(self, lease: Lease, kind: Kind, step: int, micro: int) -> Reply:
-        """Wait for the server's answer to one micro-batch."""
+    def _answer(self, lease: Lease, kind: Kind, step: int, micro: int, leg: int = 1) -> Reply:
+        """Wait for the server's answer to one micro-batch on one leg."""
         while True:
             event = self._wait(lease, "wait", step, micro)
             if isinstance(event, Incoming) and isinstance(event.message, TensorsMessage):
                 message = event.message
-                if (message.lease, message.kind, message.step, message.micro) == (lease, kind, step, micro):
+                found = message.lease, message.kind, message.step, message.micro, message.leg
+                if found == (lease, kind, step, micro, leg):
                     return Reply(message, event.tensors)
 
     def _tell(self, loss: float, samples: int) -> None:

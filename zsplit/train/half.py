@@ -19,8 +19,9 @@ class Workshop:
     """Makes halves: the whole model, built and traced once, and copies of its parts.
 
     `model` takes the place of the one that the config names, `named` that of `model.cut`. `cut` is the place where it
-    is cut unless a plan says otherwise. Raises ConfigError for a model that does not exist, PlanError for a cut that
-    does not exist or that `plan.min_cut` forbids.
+    is cut unless a plan says otherwise, `tail` the one where it comes back to a client that keeps its labels. Raises
+    ConfigError for a model that does not exist, PlanError for a cut that does not exist or that `plan.min_cut` forbids,
+    and for a tail before it.
     """
 
     def __init__(
@@ -40,16 +41,20 @@ class Workshop:
             else zoo.build(config.model.name, config.model.num_classes, config.run.seed, shape)
         )
         self.traced: Traced = trace(self.model, torch.zeros(2, *shape))
-        self._parts: dict[str, tuple[Part, ...]] = {}
+        self._parts: dict[tuple[str, str], tuple[Part, ...]] = {}
         self._earliest = self._find_earliest()
-        self.cut = self._own_cut(zoo.default_cut(config.model.name) if model is None else None).name
+        own = self._own_cut(zoo.default_cut(config.model.name) if model is None else None)
+        self.cut, self.tail = own.name, self._own_tail(own)
 
-    def parts(self, cut: str) -> tuple[Part, ...]:
-        """Return front and back of the model itself; cut once for each place. Raises PlanError as `check_cut`."""
-        if cut not in self._parts:
+    def parts(self, cut: str, tail: str = "") -> tuple[Part, ...]:
+        """Return what a client and what a server has of the model itself: front and back, or with a tail both ends and
+        the middle. Cut once for each place. Raises PlanError as `check_cut`.
+        """
+        if (cut, tail) not in self._parts:
             self.check_cut(cut)
-            self._parts[cut] = self.traced.split(cut)
-        return self._parts[cut]
+            self._check_tail(tail)
+            self._parts[cut, tail] = self.traced.ends_apart(cut, tail) if tail else self.traced.split(cut)
+        return self._parts[cut, tail]
 
     def check_cut(self, cut: str) -> None:
         """Raise PlanError where a plan names a cut that this model does not have, or that `plan.min_cut` forbids."""
@@ -59,6 +64,14 @@ class Workshop:
             reason = str(error).removesuffix(".")
             raise PlanError(f"{reason} (the plan names it: plan anew, and give all peers the same model).") from error
         self._check_place(point, "The plan cuts", "plan anew")
+
+    def _check_tail(self, tail: str) -> None:
+        labels = self.config.train.labels
+        if bool(tail) != (labels == "keep"):
+            found = f"has a tail at '{tail}'" if tail else "has no tail"
+            raise PlanError(f'The plan {found}, under train.labels = "{labels}": plan anew, or leave plan.file out.')
+        if tail:
+            self.check_cut(tail)
 
     def _find_earliest(self) -> CutPoint | None:
         """Return the first cut that `plan.min_cut` allows, or None where it allows all."""
@@ -81,17 +94,37 @@ class Workshop:
         self._check_place(point, "The model is cut", "set model.cut to that place, to a later one, or to 'auto'")
         return point
 
+    def _own_tail(self, cut: CutPoint) -> str:
+        """Return the place of the tail that the config names, else the last cut; nothing where labels leave the client.
+
+        Raises PlanError where there is no such place behind the cut.
+        """
+        if self.config.train.labels != "keep":
+            return ""
+        named, cuts = self.config.model.tail, self.traced.cuts
+        if named == "" and cut.index + 1 >= len(cuts):
+            raise PlanError(
+                f'train.labels = "keep" leaves no cut for the tail behind {cut}: cut the model earlier, '
+                'or set model.tail = "output" to keep the loss alone.'
+            )
+        tail = cuts[-1] if named == "" else self.traced.cut(named)
+        if tail.index <= cut.index:
+            raise PlanError(f"The tail at {tail} does not come after the cut at {cut}: move model.cut or model.tail.")
+        return tail.name
+
     def _check_place(self, point: CutPoint, who: str, remedy: str) -> None:
         if self._earliest is not None and point.index < self._earliest.index:
             raise PlanError(f"{who} at {point}, before plan.min_cut = {self._earliest}: {remedy}.")
 
-    def front(self, cut: str) -> "Half":
-        """Return a new front, on the device."""
-        return self._half(self.parts(cut)[0], self.config.train.client_rate)
+    def front(self, cut: str, tail: str = "") -> "Half":
+        """Return a new front, with the tail where there is one, on the device."""
+        return self._half(self.parts(cut, tail)[0], self.config.train.client_rate)
 
-    def back(self, cut: str) -> "Half":
-        """Return a new back, on the device."""
-        return self._half(self.parts(cut)[1], self.config.train.server_rate)
+    def back(self, cut: str, tail: str = "") -> "Half":
+        """Return a new back, or a middle where there is a tail, on the device."""
+        half = self._half(self.parts(cut, tail)[1], self.config.train.server_rate)
+        half.is_first = self.traced.is_input(cut)
+        return half
 
     def _half(self, part: Part, rate: float) -> "Half":
         return Half(deepcopy(part).to(self.device), self.config, rate, self.device)
@@ -114,7 +147,8 @@ class Workshop:
 class Half:
     """A front or a back. `load` before each turn, train it, then take its `state`.
 
-    `version` is the digest of the version whose weights it has; empty once a step has begun to move them.
+    `version` is the digest of the version whose weights it has; empty once a step has begun to move them. A half at the
+    server that `is_first` takes the model's own input, whose gradients nobody wants.
     """
 
     def __init__(self, part: Part, config: Config, rate: float, device: torch.device) -> None:
@@ -130,6 +164,7 @@ class Half:
         self._carries = config.schedule.optimizer_state
         self._owner: int | None = None
         self.version = ""
+        self.is_first = False
         self._norms = DeferredBatchNorm(part)
         self._deferred = config.train.batch_norm == "deferred"
 

@@ -11,12 +11,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from zsplit.config import Config
-from zsplit.errors import ConfigError, RemoteProtocolError
+from zsplit.errors import RemoteProtocolError
 from zsplit.model import randomness
 from zsplit.train.account import Account
 from zsplit.train.aggregate import Part, merge
 from zsplit.train.half import Half, Workshop
 from zsplit.train.link import Fetched, Incoming, Link
+from zsplit.train.loss import check_labels, score
 from zsplit.train.machine import use_threads
 from zsplit.train.profile import measure
 from zsplit.train.rates import epoch_of
@@ -27,6 +28,10 @@ from zsplit.wire.messages import Tensors as TensorsMessage
 
 LARGEST_PROBE = 64 * 2**20
 """Bytes of an answer to a probe; far more than a client that measures its link asks for."""
+
+
+Outgoing = tuple[What, Tensor, str]
+"""What a tensor is, the tensor, and the codec that it travels in."""
 
 
 class Handler(Protocol):
@@ -165,7 +170,7 @@ class Training:
 
     def _micro_batch(self, message: TensorsMessage, tensors: dict[str, Tensor]) -> None:
         smashed, labels = pair(tensors, self.half.device)
-        smashed.requires_grad_()
+        smashed.requires_grad_(not self.half.is_first)
         batch, micros = whole(message, "batch"), whole(message, "micros")
         if message.micro == 0:
             self.use_epoch(message.step)
@@ -180,8 +185,7 @@ class Training:
         self.samples += len(labels)
         last = message.micro == micros - 1
         clipping = last and self.config.train.clip_norm > 0
-        gradient = smashed.grad if smashed.grad is not None else torch.zeros_like(smashed)
-        self.reply(message, gradient, loss, clipping)
+        self.reply(message, gradients_of(smashed, self.job.plan.down), loss, clipping)
         if clipping:
             self.at = (message.step, -1)
         elif last:
@@ -193,11 +197,10 @@ class Training:
         """Use the learning rate of the epoch that a step belongs to."""
         self.half.use_epoch(epoch_of(self.config, self.job.round, step, self.job.epoch_steps))
 
-    def reply(self, message: TensorsMessage, gradient: Tensor, loss: Tensor, norms: bool = False) -> None:
-        """Answer a micro-batch with the gradient of its smashed data and its mean loss."""
-        sent: list[tuple[What, Tensor, str]] = [("gradients", gradient, self.job.plan.down)]
+    def reply(self, message: TensorsMessage, sent: list[Outgoing], loss: Tensor, norms: bool = False) -> None:
+        """Answer a micro-batch with the gradients of its smashed data, if any, and its mean loss."""
         if norms:
-            sent.append(("norms", self.half.gradient_norms(), "raw"))
+            sent = [*sent, ("norms", self.half.gradient_norms(), "raw")]
         lease, step, micro = self.job.lease, message.step, message.micro
         self.link.send_tensors(lease, "train", step, micro, 1, sent, {"loss": float(loss.detach())})
 
@@ -266,35 +269,19 @@ def pair(tensors: Mapping[str, Tensor], device: torch.device) -> tuple[Tensor, T
     return tensors["smashed"].to(device), tensors["labels"].to(device)
 
 
+def gradients_of(smashed: Tensor, codec: str) -> list[Outgoing]:
+    """Return what to send back of smashed data: their gradients; nothing of the model's own input, which wants none."""
+    if not smashed.requires_grad:
+        return []
+    return [("gradients", smashed.grad if smashed.grad is not None else torch.zeros_like(smashed), codec)]
+
+
 def whole(message: TensorsMessage, name: str) -> int:
     """Return a positive whole number among the scalars. Raises RemoteProtocolError where it is none."""
     value = message.scalars.get(name, 0.0)
     if value < 1 or value != int(value):
         raise RemoteProtocolError(f"The header of a micro-batch has {name} = {value}")
     return int(value)
-
-
-def check_labels(labels: Tensor, outputs: Tensor) -> None:
-    """Raise ConfigError unless the outputs are logits (batch, classes) with one for each of the labels."""
-    if outputs.ndim != 2:
-        raise ConfigError(f"The model's output has {outputs.ndim} dimensions: training needs logits (batch, classes)")
-    if int(labels.max()) >= outputs.shape[1]:
-        raise ConfigError(
-            f"The data has the label {int(labels.max())}, the model only {outputs.shape[1]} outputs: "
-            "give it one for each class (model.num_classes)"
-        )
-
-
-def score(outputs: Tensor, labels: Tensor) -> dict[str, float]:
-    """Return loss, top-1 and top-5 summed over samples, in float64 and exactly."""
-    losses = F.cross_entropy(outputs, labels, reduction="none").double().sum()
-    ranked = outputs.topk(min(5, outputs.shape[1]), dim=1).indices == labels[:, None]
-    return {
-        "loss": float(losses),
-        "top1": float(ranked[:, 0].sum()),
-        "top5": float(ranked.any(dim=1).sum()),
-        "samples": float(len(labels)),
-    }
 
 
 def keeps(name: str) -> bool:

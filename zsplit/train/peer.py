@@ -7,11 +7,12 @@ from collections.abc import Callable
 
 from torch import nn
 
-from zsplit.config import cut_of, from_json
-from zsplit.data import ClientData, Data, open_data, sample_shape
-from zsplit.errors import ZsplitError
+from zsplit.config import Config, cut_of, from_json
+from zsplit.data import ClientData, Data, open_data, sample_shape, without_labels
+from zsplit.errors import ConfigError, ZsplitError
 from zsplit.train.client import Client
 from zsplit.train.half import Workshop
+from zsplit.train.labels import LabelBook
 from zsplit.train.link import CONNECT_SECONDS, Link
 from zsplit.train.machine import choose_device, set_up
 from zsplit.train.server import Server
@@ -24,10 +25,12 @@ def run_server(
     shape: tuple[int, ...] | None = None,
     say: Callable[[str], None] = lambda _: None,
     connect_seconds: float = CONNECT_SECONDS,
+    data: Data | None = None,
 ) -> str:
     """Serve until the run is over; return the broker's last sentence. Raises ZsplitError where it failed.
 
-    `shape` is that of one sample, for data that only the clients know.
+    `shape` is that of one sample, for data that only the clients know. Where labels live at the server
+    (`train.labels = "server"`) it needs the data as well: `data`, or what the config names.
     """
     link = Link(broker, "server", say=say)
 
@@ -35,7 +38,9 @@ def run_server(
         config = from_json(link.welcome.config)
         set_up(config, config.server.threads)
         place = choose_device(device or config.server.device)
-        server = Server(link, config, Workshop(config, shape or sample_shape(config), place, model))
+        known = data.shape if data else shape
+        labels = LabelBook(data or _data_with_labels(config)) if config.train.labels == "server" else None
+        server = Server(link, config, Workshop(config, known or sample_shape(config), place, model), labels)
         say(f"server {link.welcome.index} joined the run at {broker}")
         return server.serve()
 
@@ -61,7 +66,7 @@ def run_client(
         config = from_json(link.welcome.config)
         set_up(config, config.client.threads)
         place = choose_device(device or config.client.device)
-        mine = ClientData(config, link.welcome.index, data or open_data(config))
+        mine = ClientData(config, link.welcome.index, _data_of_a_client(config, data or open_data(config)))
         shape = tuple(data.shape) if data else sample_shape(config)
         workshop = Workshop(config, shape, place, model, cut_of(config, link.welcome.index))
         client = Client(link, config, workshop, mine)
@@ -69,6 +74,18 @@ def run_client(
         return client.serve()
 
     return _live(link, connect_seconds, work)
+
+
+def _data_of_a_client(config: Config, data: Data) -> Data:
+    return without_labels(data) if config.train.labels == "server" else data
+
+
+def _data_with_labels(config: Config) -> Data:
+    """Return the data for their labels. Raises ConfigError where the server has none."""
+    try:
+        return open_data(config)
+    except ConfigError as error:
+        raise ConfigError(f'train.labels = "server" asks for the data at the server: {error}') from error
 
 
 def _live(link: Link, connect_seconds: float, work: Callable[[], str]) -> str:

@@ -12,8 +12,10 @@ from zsplit.config import Config
 from zsplit.errors import RunFailedError
 from zsplit.train.half import Half, Workshop
 from zsplit.train.jobs import Evaluating, Handler, Initialising, Measuring, Merging, Training
+from zsplit.train.labels import LabelBook
 from zsplit.train.link import Fetched, Incoming, Link
 from zsplit.train.machine import describe
+from zsplit.train.middle import Absent, MiddleEvaluating, MiddleTraining
 from zsplit.train.shared import Common, GroupTraining, common_of
 from zsplit.wire.messages import Evaluate, Finish, Init, Job, Lease, Measure, Merge, Orders, Step, Turn
 from zsplit.wire.messages import Tensors as TensorsMessage
@@ -24,19 +26,20 @@ TELEMETRY_SECONDS = 0.25
 class Server:
     """The process. `serve` returns the broker's last sentence when the run is over."""
 
-    def __init__(self, link: Link, config: Config, workshop: Workshop) -> None:
+    def __init__(self, link: Link, config: Config, workshop: Workshop, labels: LabelBook | None = None) -> None:
         self.link = link
         self.config = config
         self.workshop = workshop
+        self.labels = labels
         self.jobs: dict[Lease, Handler] = {}
-        self.spare: list[tuple[str, Half]] = []
+        self.spare: list[tuple[tuple[str, str], Half]] = []
         self._samples = 0
         self._busy = 0.0
         self._told = time.monotonic()
 
     def serve(self) -> str:
         """Do the broker's jobs until the run is over. Raises RunFailedError where it failed."""
-        self.link.prepared(describe(self.workshop.device, self.workshop.cut))
+        self.link.prepared(describe(self.workshop.device, self.workshop.cut, tail=self.workshop.tail))
         while True:
             event = self.link.next(TELEMETRY_SECONDS)
             began = time.monotonic()
@@ -52,7 +55,8 @@ class Server:
                         self.jobs[lease].fetched(event)
                 case Incoming(message=message):
                     if message.lease in self.jobs:
-                        self.jobs[message.lease].incoming(event)
+                        handler = self.jobs[message.lease]
+                        handler.incoming(self._labelled(handler, event))
                         self._samples += _samples(message)
                 case None:
                     pass
@@ -75,12 +79,15 @@ class Server:
                 return Merging(self.link, job, self.workshop.device)
             case Measure():
                 return Measuring(self.link, job, self.config, self.workshop)
+            case Turn() | Evaluate() if self.workshop.traced.is_output(job.plan.cut):
+                return Absent(self.link, job)
             case Turn(group=None):
-                return Training(self.link, job, self.config, self._half(job))
+                return (MiddleTraining if job.plan.tail else Training)(self.link, job, self.config, self._half(job))
             case Turn():
                 return GroupTraining(self.link, job, self.config, self._common(job))
             case Evaluate():
-                return Evaluating(self.link, job, self.config, self._half(job))
+                kind = MiddleEvaluating if job.plan.tail else Evaluating
+                return kind(self.link, job, self.config, self._half(job))
 
     def _common(self, job: Turn) -> Common:
         """Return what the turns of a group have in common, made for the first of them."""
@@ -89,18 +96,26 @@ class Server:
                 return handler.common
         return common_of(self.config, job, self._half(job))
 
+    def _labelled(self, handler: Handler, event: Incoming) -> Incoming:
+        """Return what a client sent, with labels where they live here and it sent sample ids."""
+        if self.labels is None or isinstance(event.message, Step) or not isinstance(handler, Training | Evaluating):
+            return event
+        return self.labels.join(handler.job, event)
+
     def _half(self, job: Turn | Evaluate) -> Half:
         """Return a back for the job, if possible one that has its version's weights already."""
         base = job.back if isinstance(job, Turn) and job.back is not None else job.base
-        fitting = [(half.version == base.digest, i) for i, (cut, half) in enumerate(self.spare) if cut == job.plan.cut]
+        here = job.plan.cut, job.plan.tail
+        fitting = [(half.version == base.digest, i) for i, (place, half) in enumerate(self.spare) if place == here]
         if not fitting:
-            return self.workshop.back(job.plan.cut)
+            return self.workshop.back(*here)
         return self.spare.pop(max(fitting)[1])[1]
 
     def _drop(self, handler: Handler) -> None:
         """Keep the back of a job that is over for the next one at the same cut; no more than can be used at once."""
         if isinstance(handler, Training | Evaluating) and all(half is not handler.half for half in self._in_use()):
-            self.spare.append((handler.job.plan.cut, handler.half))
+            plan = handler.job.plan
+            self.spare.append(((plan.cut, plan.tail), handler.half))
             del self.spare[: -self.config.schedule.clients]
 
     def _in_use(self) -> Iterator[Half]:

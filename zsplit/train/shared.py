@@ -18,8 +18,9 @@ from zsplit.errors import RemoteProtocolError
 from zsplit.model import randomness
 from zsplit.seeds import derive
 from zsplit.train.half import Half
-from zsplit.train.jobs import Training, check_labels, pair, whole
+from zsplit.train.jobs import Training, pair, whole
 from zsplit.train.link import Incoming, Link
+from zsplit.train.loss import check_labels
 from zsplit.wire.messages import Share, Turn
 from zsplit.wire.messages import Tensors as TensorsMessage
 
@@ -157,7 +158,8 @@ class Fused(_Group):
         total = sum(self.batches.values())
         for (turn, _), message, gradient, loss in zip(taken, messages, gradients, losses, strict=True):
             turn.samples += len(gradient)
-            turn.reply(message, gradient * (total / self.batches[turn.job.client]), loss)
+            scaled = gradient * (total / self.batches[turn.job.client])
+            turn.reply(message, [] if self.half.is_first else [("gradients", scaled, turn.job.plan.down)], loss)
         self.micro += 1
         if not self._due():
             self._step(taken[0][0], messages[0].step)
@@ -176,7 +178,7 @@ class Fused(_Group):
     ) -> tuple[tuple[Tensor, ...], list[Tensor]]:
         """Return each client's gradient of the mean loss over all, and its own mean loss."""
         sizes = [len(labels) for _, labels in pairs]
-        smashed = torch.cat([each for each, _ in pairs]).requires_grad_()
+        smashed = torch.cat([each for each, _ in pairs]).requires_grad_(not self.half.is_first)
         labels = torch.cat([each for _, each in pairs])
         place = EVERYBODY, turn.job.round, step, self.micro
         with turn.account.computing("forward", step, self.micro), randomness(self.config.run.seed, *place):

@@ -19,7 +19,7 @@ Positive = Annotated[int, msgspec.Meta(ge=1, le=2**53)]
 Amount = Annotated[float, msgspec.Meta(ge=0, le=1e300)]
 Finite = Annotated[float, msgspec.Meta(ge=-1e300, le=1e300)]
 Bucket = Annotated[int, msgspec.Meta(ge=-3000, le=3000)]
-What = Literal["smashed", "gradients", "labels", "norms", "weights", "optimizer", "evaluation", "other"]
+What = Literal["smashed", "gradients", "labels", "ids", "norms", "weights", "optimizer", "evaluation", "other"]
 
 
 class Lease(NamedTuple):
@@ -44,7 +44,8 @@ class Plan(Record, frozen=True):
     """What a client is told to use.
 
     `cut` names the place in the model, `micro_batches` is M, `window` the number of unanswered
-    micro-batches that are allowed (the credit), `up` and `down` are codecs.
+    micro-batches that are allowed (the credit), `up` and `down` are the codecs of activations and of their gradients.
+    `tail` is the place where a U-shaped model comes back to the client; empty where the labels leave it.
     """
 
     cut: str
@@ -52,6 +53,7 @@ class Plan(Record, frozen=True):
     window: Positive = 1
     up: str = "raw"
     down: str = "raw"
+    tail: str = ""
 
 
 class Init(Record, frozen=True, tag="init"):
@@ -270,10 +272,11 @@ class Span(NamedTuple):
 class Prepared(Record, frozen=True):
     """A peer is ready to be given jobs: its data or model is loaded. Sizes in samples.
 
-    `cut` is the name of the place that the config's cut means in this peer's model.
+    `cut` is the name of the place that the config's cut means in this peer's model, `tail` that of its tail.
     """
 
     cut: str = ""
+    tail: str = ""
     train: int = 0
     validation: int = 0
     test: int = 0
@@ -409,9 +412,10 @@ class TensorMeta(msgspec.Struct, frozen=True, array_like=True, gc=False):
 class Tensors(Data, frozen=True, tag="t"):
     """Tensors of one micro-batch on one leg; with the lease, (kind, step, micro, leg) is the idempotency key.
 
-    Legs with two parts: 0 smashed data and labels up, 1 gradients down. `scalars` carries, up, the samples of the
-    mini-batch (`batch`) and its number of micro-batches (`micros`); down, the mean loss of the slice (`loss`), or in
-    an evaluation `loss`, `top1`, `top5` and `samples`, summed.
+    Legs with two parts: 0 smashed data and labels (or sample ids) up, 1 gradients down. U-shaped: 0 smashed data up, 1
+    the middle's output down, 2 its gradients up, 3 the gradients of the smashed data down. `scalars` carries, up, the
+    samples of the mini-batch (`batch`) and its number of micro-batches (`micros`); down, where the server has the
+    labels, the mean loss of the slice (`loss`), or in an evaluation `loss`, `top1`, `top5` and `samples`, summed.
     """
 
     lease: Lease
