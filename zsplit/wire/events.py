@@ -48,7 +48,8 @@ class RunEvent(Event, frozen=True, kw_only=True, tag="run"):
 class RoundEvent(Event, frozen=True, kw_only=True, tag="round"):
     """A round is over. Losses and accuracies are means over samples; None where nothing was evaluated.
 
-    `step_seconds` is the median duration of the round's steps, as the clients saw them.
+    `step_seconds` is the median duration of the round's steps, as the clients saw them. Bytes are those of all its
+    messages on the data connection, as seen from the clients; `seconds` is what it took of the run's time.
     """
 
     round: int
@@ -61,6 +62,8 @@ class RoundEvent(Event, frozen=True, kw_only=True, tag="round"):
     version: str = ""
     seconds: float = 0.0
     step_seconds: float | None = None
+    bytes_up: int = 0
+    bytes_down: int = 0
 
 
 class ClientEvent(Event, frozen=True, kw_only=True, tag="client"):
