@@ -80,13 +80,14 @@ def sweep(
 
     Runs that are finished in DIR already are not run again. DIR/results.csv has a line for each.
     """
-    from zsplit.results.sweep import axis, points, rows_of
+    from zsplit.results.sweep import axis, done, points, rows_of
     from zsplit.results.tables import sweep_table
 
     grid = points(config, overrides, [axis(text) for text in over], seeds)
+    there = [done(point, out) for point in grid]  # before anything runs: one of another config ends the sweep
     results: list[tuple[Point, Figures | None]] = []
-    for number, point in enumerate(grid, 1):
-        results.append((point, _run_point(point, out, device, f"[{number}/{len(grid)}] {point.title}")))
+    for number, (point, run) in enumerate(zip(grid, there, strict=True), 1):
+        results.append((point, _run_point(point, run, out, device, f"[{number}/{len(grid)}] {point.title}")))
     rows = list(rows_of(results))
     if as_json:
         click.echo(json.dumps(msgspec.to_builtins(rows), indent=2))
@@ -97,13 +98,11 @@ def sweep(
         raise RunFailedError(f"{len(failed)} of {len(grid)} runs failed, the first with {failed[0]}: start it again.")
 
 
-def _run_point(point: "Point", out: Path, device: str, title: str) -> "Figures | None":
-    """Run one point, or find it finished; write its line and say how it went. Return None where it failed."""
+def _run_point(point: "Point", run: RunFolder | None, out: Path, device: str, title: str) -> "Figures | None":
+    """Run one point, unless it is there; write its line and say how it went. Return None where it failed."""
     from zsplit.results.figures import figures_of
     from zsplit.results.gather import RESULTS, gather, line_of
-    from zsplit.results.sweep import done
 
-    run = done(point, out)
     kept = " (was there already)" if run else ""
     try:
         run = run or _run(point.config, out / point.folder, device)
