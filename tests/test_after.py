@@ -76,7 +76,7 @@ def test_eval_says_what_it_found_and_that_it_is_what_the_summary_says(digits_run
     assert (code, err) == (0, "")
     first, second, third = out.splitlines()
     assert first == f"{accuracy}, top-5 {100 * summary['test_top5']:.2f} %, {loss}"
-    assert second == f"356 samples, weights of {digits_run}/model.safetensors"
+    assert second == f"355 samples, weights of {digits_run}/model.safetensors"
     assert third == f"Equal to the run's summary: {accuracy}, {loss}."
 
 
@@ -137,7 +137,7 @@ def test_predict_names_the_classes_with_the_probabilities_of_the_model(
     for each, probabilities, label in zip(answer, expected, labels, strict=True):
         found = {guess["index"]: guess["probability"] for guess in each["classes"]}
         assert list(found.values()) == sorted(found.values(), reverse=True)
-        assert list(found)[0] == int(probabilities.argmax()) == label
+        assert next(iter(found)) == int(probabilities.argmax()) == label
         for index, probability in found.items():
             assert probability == pytest.approx(float(probabilities[index]), abs=0.01)  # 16 levels became 256
 
@@ -153,14 +153,19 @@ def test_predict_prints_the_five_most_probable_classes(digits_run: Path, here: H
 def test_images_of_another_size_are_brought_to_the_model_when_asked(
     digits_run: Path, here: Here, tmp_path: Path
 ) -> None:
-    label = write_digit(tmp_path / "large.png", 0, (64, 64))
+    label = write_digit(tmp_path / "digit.png", 0)
+    large = Image.new("L", (64, 8))
+    large.paste(Image.open(tmp_path / "digit.png"), (28, 0))
+    large.save(tmp_path / "large.png")
     code, _, err = here("predict", str(digits_run), "large.png")
     assert (code, err) == (
         2,
-        "zsplit: large.png has 64×64 pixels, the model takes 8×8 (width×height): --resize brings it there.\n",
+        "zsplit: large.png has 64×8 pixels, the model takes 8×8 (width×height): --resize brings it there.\n",
     )
     code, out, _ = here("predict", str(digits_run), "large.png", "--resize", "--json")
     assert (code, json.loads(out)[0]["classes"][0]["index"]) == (0, label)
+    whole = here("predict", str(digits_run), "digit.png", "--json").out
+    assert json.loads(out)[0]["classes"] == json.loads(whole)[0]["classes"]  # it was in the middle
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK"])
@@ -302,7 +307,10 @@ def test_a_file_is_replaced_only_when_that_is_asked_for(digits_run: Path, here: 
     )
     assert (tmp_path / "demo.pt").read_text() == "dear"
     assert here("export", str(digits_run), "--to", "pt", "--force").code == 0
-    assert torch.load(tmp_path / "demo.pt", weights_only=True).keys() == build("digits/cnn", 10, 0, (1, 8, 8)).state_dict().keys()
+    assert (
+        torch.load(tmp_path / "demo.pt", weights_only=True).keys()
+        == build("digits/cnn", 10, 0, (1, 8, 8)).state_dict().keys()
+    )
     assert [path.name for path in tmp_path.iterdir()] == ["demo.pt"]
 
 
@@ -338,7 +346,11 @@ def test_export_warns_of_the_codec_on_stderr(run: Path, here: Here) -> None:
     summary = json.loads((run / "summary.json").read_text())
     (run / "summary.json").write_text(json.dumps(summary | {"test_accuracy_codec": 0.5, "test_accuracy_raw": 0.9}))
     code, out, err = here("export", "run", "--to", "pt")
-    assert (code, out, err.startswith("The exported model has no codec at the cut: ")) == (0, "Written: demo.pt\n", True)
+    assert (code, out, err.startswith("The exported model has no codec at the cut: ")) == (
+        0,
+        "Written: demo.pt\n",
+        True,
+    )
 
 
 def test_the_page_lists_every_format() -> None:
@@ -378,7 +390,9 @@ def test_a_run_of_a_script_s_own_model_says_what_can_be_done(run: Path, here: He
     (run / "config.toml").write_text(config.replace('"digits/cnn"', '"Net"'))
     code, _, err = here("eval", "run")
     assert code == 2
-    assert err.startswith("zsplit: The run's model cannot be built here (There is no model 'Net': the nearest names are ")
+    assert err.startswith(
+        "zsplit: The run's model cannot be built here (There is no model 'Net': the nearest names are "
+    )
     assert err.endswith("let that script load run/model.safetensors with safetensors.\n")
 
 
@@ -407,9 +421,7 @@ def test_what_is_no_image_is_said_in_a_sentence(digits_run: Path, here: Here, tm
     assert here("predict", str(digits_run), "it.png").err == (
         "zsplit: it.png is not an image that Pillow reads: give one such as a PNG or a JPEG.\n"
     )
-    assert here("predict", str(digits_run), "gone.png").err == (
-        "zsplit: There is no image gone.png: check the path.\n"
-    )
+    assert here("predict", str(digits_run), "gone.png").err == ("zsplit: There is no image gone.png: check the path.\n")
     whole = tmp_path / "whole.png"
     write_digit(whole, 0, (80, 80))
     (tmp_path / "torn.png").write_bytes(whole.read_bytes()[:150])

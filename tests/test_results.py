@@ -111,7 +111,7 @@ def test_a_target_is_reached_at_the_end_of_the_first_round_that_has_it() -> None
 
 def test_the_bytes_of_the_rounds_and_of_the_test_are_those_of_the_summary() -> None:
     play = Play(config_of(run__rounds=3, schedule__clients=2)).begin().go_on()
-    bulletin = Bulletin(play.scheduler, Router(play.config, "r1", play.scheduler), "r1", "out")
+    bulletin = Bulletin(play.scheduler, Router(play.config, play.scheduler, "r1", (1, 2)), "r1", "out")
     course = course_of([bulletin.round_event(record) for record in play.scheduler.history])
     total: Any = summarise(play.scheduler, "r1", Path("out"))["bytes"]
     tested = play.scheduler.test.traffic.values()
@@ -139,6 +139,14 @@ def test_a_run_without_a_summary_is_as_far_as_its_rounds_tell(tmp_path: Path) ->
 # zsplit compare
 
 
+def words(line: str) -> list[str]:
+    return line.split()
+
+
+def rows_of(out: str) -> list[list[str]]:
+    return [words(line) for line in out.splitlines() if line.strip()]
+
+
 @pytest.fixture
 def two(tmp_path: Path) -> Path:
     """A folder with two runs that differ in one key, one of them stopped before its end."""
@@ -154,21 +162,21 @@ def two(tmp_path: Path) -> Path:
 def test_compare_shows_figures_and_differences(two: Path, here: Here) -> None:
     code, out, err = here("compare", "a", "b")
     assert (code, err) == (0, "")
-    rows = [line.split() for line in out.splitlines() if line.strip()]
+    rows = rows_of(out)
     assert rows[0][:6] == ["run", "test", "loss", "val", "rounds", "time"]
-    assert rows[2] == "a 90.00 % 0.5000 80.00 % 3 5.0 s 10 ms 1.0 MB 2.0 MB 25 % 50 %".split()
-    assert rows[3] == "b (failed) – – 80.00 % 3 4.0 s – 209 B 50 B – –".split()
+    assert rows[2] == words("a 90.00 % 0.5000 80.00 % 3 5.0 s 10 ms 1.0 MB 2.0 MB 25 % 50 %")
+    assert rows[3] == words("b (failed) – – 80.00 % 3 4.0 s – 209 B 50 B – –")
     assert rows[-3] == ["differs", "a", "b"]
     assert rows[-1] == ["train.lr", "0.05", "0.1"]
 
 
 def test_compare_shows_what_the_target_took(two: Path, here: Here) -> None:
     _, out, _ = here("compare", "a", "b", "--target-accuracy", "0.5")
-    rows = [line.split() for line in out.splitlines() if line.strip()]
-    assert rows[-4] == "to val 50.0 % rounds time up down".split()
-    assert rows[-2] == "a 3 4.0 s 209 B 50 B".split()
+    rows = rows_of(out)
+    assert rows[-4] == words("to val 50.0 % rounds time up down")
+    assert rows[-2] == words("a 3 4.0 s 209 B 50 B")
     _, out, _ = here("compare", "a", "b", "--target-accuracy", "0.95")
-    assert out.splitlines()[-2].split() == "b not reached – – –".split()
+    assert words(out)[-6:] == words("b not reached – – –")
 
 
 def test_compare_answers_in_json(two: Path, here: Here) -> None:
@@ -229,8 +237,8 @@ def test_a_run_that_is_gathered_again_takes_the_place_of_its_line(two: Path, her
     assert second["run"] == "b"
 
 
-words = st.text("abc,\"\n ü;", max_size=4)
-table_lines = st.lists(st.dictionaries(st.sampled_from("xyz"), words), max_size=4)
+texts = st.text('abc,"\n ü;', max_size=4)
+table_lines = st.lists(st.dictionaries(st.sampled_from("xyz"), texts), max_size=4)
 
 
 @unhurried

@@ -28,6 +28,9 @@ FIGURES = Figures(
 )  # fmt: skip
 
 
+DEMO = Config()
+
+
 # Which runs
 
 
@@ -86,7 +89,7 @@ values = st.dictionaries(st.sampled_from(["a.b", "c.d"]), st.text(min_size=1), m
 @unhurried
 @given(st.lists(values, min_size=2, max_size=2, unique_by=lambda each: json.dumps(each, sort_keys=True)))
 def test_folders_have_names_that_any_disk_takes_and_no_two_the_same(pair: list[dict[str, str]]) -> None:
-    one, other = (Point(dict(sorted(each.items())), Config()).folder for each in pair)
+    one, other = (Point(dict(sorted(each.items())), DEMO).folder for each in pair)
     assert one != other
     for name in (one, other):
         assert "/" not in name
@@ -126,9 +129,7 @@ def test_a_sweep_runs_what_is_missing_and_survives_what_fails(here: Here, tmp_pa
     assert good.startswith("[1/2] train.lr=0.05, seed 0: test accuracy ")
     assert bad.startswith("[2/2] train.lr=1e30, seed 0: ")
     assert "The loss became" in bad
-    assert err.splitlines()[-1] == (
-        "zsplit: 1 of 2 runs failed, the first with train.lr=1e30, seed 0: start it again."
-    )
+    assert err.splitlines()[-1] == ("zsplit: 1 of 2 runs failed, the first with train.lr=1e30, seed 0: start it again.")
     rows = [line.split() for line in out.splitlines() if line.strip()]
     assert rows[0][:4] == ["train.lr", "runs", "test", "loss"]
     assert rows[2][:2] == ["0.05", "1"]
@@ -164,4 +165,7 @@ def test_a_finished_run_is_not_run_again(here: Here, digits_run: Path, tmp_path:
     code, out, err = here("sweep", *settings(*QUICK), "--out", "out", "--json")
     assert (code, err.count("was there already")) == (0, 1)
     assert (tmp_path / "out/seed=0/summary.json").stat().st_mtime_ns == before
-    assert json.loads(out)[0]["test_accuracy"]["mean"] == json.loads((digits_run / "summary.json").read_text())["test_accuracy"]
+    assert (
+        json.loads(out)[0]["test_accuracy"]["mean"]
+        == json.loads((digits_run / "summary.json").read_text())["test_accuracy"]
+    )

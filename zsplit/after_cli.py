@@ -15,8 +15,12 @@ if TYPE_CHECKING:
     from zsplit.after.trained import Trained
 
 run_argument = click.argument("run", type=click.Path(path_type=Path))
-device_option = click.option("--device", default="auto", show_default=True, metavar="DEVICE", help="auto, cpu, cuda:0 or mps.")
-data_option = click.option("--data", default="", metavar="PATH", help="Folder with the data.  [default: the run's data.path]")
+device_option = click.option(
+    "--device", default="auto", show_default=True, metavar="DEVICE", help="auto, cpu, cuda:0 or mps."
+)
+data_option = click.option(
+    "--data", default="", metavar="PATH", help="Folder with the data.  [default: the run's data.path]"
+)
 json_option = click.option("--json", "as_json", is_flag=True, help="Answer in JSON.")
 
 

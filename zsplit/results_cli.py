@@ -33,7 +33,9 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Answer in JS
     metavar="SHARE",
     help="What it took until the validation accuracy was this, such as 0.9.",
 )
-@click.option("--csv", "table", type=click.Path(path_type=Path), metavar="FILE", help="Put a line for each run into it.")
+@click.option(
+    "--csv", "table", type=click.Path(path_type=Path), metavar="FILE", help="Put a line for each run into it."
+)
 @click.option("--svg", type=click.Path(path_type=Path), metavar="FILE", help="Draw accuracy by rounds, time and bytes.")
 @json_option
 def compare(runs: tuple[Path, ...], target: float | None, table: Path | None, svg: Path | None, as_json: bool) -> None:
@@ -61,7 +63,9 @@ def compare(runs: tuple[Path, ...], target: float | None, table: Path | None, sv
 
 @click.command()
 @click.argument("config", required=False, type=click.Path(path_type=Path))
-@click.option("--over", multiple=True, metavar="KEY=A,B,C", help="A key and its values; repeatable. `;` parts values too.")
+@click.option(
+    "--over", multiple=True, metavar="KEY=A,B,C", help="A key and its values; repeatable. `;` parts values too."
+)
 @click.option("--seeds", default=1, show_default=True, type=click.IntRange(min=1), help="Runs of each combination.")
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Set a key for all runs; repeatable.")
 @click.option("--out", required=True, type=click.Path(path_type=Path), metavar="DIR", help="Folder of all the runs.")

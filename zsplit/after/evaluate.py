@@ -73,9 +73,8 @@ def evaluate(trained: Trained, summary: Mapping[str, Any], path: str = "") -> Sc
 def _batches(config: Config, data: Data) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield the test data in the batches that the run's clients made of their parts."""
     for part in torch.arange(len(data.test)).tensor_split(config.schedule.clients):
-        for indices in part.split(config.train.batch_size):
-            if len(indices):
-                yield gather(data.test, indices)
+        for first in range(0, len(part), config.train.batch_size):
+            yield gather(data.test, part[first : first + config.train.batch_size])
 
 
 def elsewhere(config: Config, path: str) -> Config:

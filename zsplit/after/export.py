@@ -32,9 +32,9 @@ Writer = Callable[[Request, Path], list[Path]]
 def export(trained: Trained, target: Path, cut: str = "", force: bool = False) -> list[Path]:
     """Write the model, as the target's suffix says; return the files. They appear whole or not at all.
 
-    `cut` is needed for `.front+back` alone. Raises ConfigError for an unknown suffix, a file that exists already (unless
-    `force`), missing packages and a model that the format cannot hold, PlanError for a cut that does not exist,
-    StorageError where nothing can be written.
+    `cut` is needed for `.front+back` alone. Raises ConfigError for an unknown suffix, a file that exists already
+    (unless `force`), missing packages and a model that the format cannot hold, PlanError for a cut that does not
+    exist, StorageError where nothing can be written.
     """
     writer = FORMATS[known_suffix(target)]
     request = Request(trained._replace(model=trained.model.cpu(), device=torch.device("cpu")), cut)
@@ -95,7 +95,9 @@ def _write_safetensors(request: Request, path: Path) -> list[Path]:
 def _write_parts(request: Request, path: Path) -> list[Path]:
     """Write what lies in front of the cut and what lies behind it, each tensor under its own name."""
     if not request.cut:
-        raise ConfigError("The run does not say where its model is cut, or not once for all: name the place with --cut.")
+        raise ConfigError(
+            "The run does not say where its model is cut, or not once for all: name the place with --cut."
+        )
     trained = request.trained
     traced = trace(trained.model, torch.zeros(2, *trained.shape))
     parts = dict(zip(("front", "back"), traced.split(request.cut), strict=True))

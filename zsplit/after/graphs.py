@@ -29,7 +29,8 @@ def write_onnx(trained: Trained, path: Path) -> None:
     missing = [name for name in ONNX_PACKAGES if find_spec(name) is None]
     if missing:
         raise ConfigError(
-            f"Writing ONNX needs {' and '.join(missing)}, not installed here: pip install 'zsplit[onnx]', or write .pt2."
+            f"Writing ONNX needs {' and '.join(missing)}, not installed here: "
+            "pip install 'zsplit[onnx]', or write .pt2."
         )
     size = sum(tensor.nbytes for tensor in trained.model.state_dict().values())
     with _exporting("ONNX"):
@@ -56,7 +57,8 @@ def write_torchscript(trained: Trained, path: Path) -> None:
     torch has deprecated TorchScript, and says so whenever it is written or read; `.pt2` is its successor.
     """
     with _exporting("TorchScript"), torch.no_grad():
-        torch.jit.save(torch.jit.trace(trained.model, _example(trained)), path)
+        traced = torch.jit.trace(trained.model, _example(trained))  # type: ignore[no-untyped-call]
+        torch.jit.save(traced, path)
 
 
 def _example(trained: Trained) -> Tensor:
@@ -79,4 +81,6 @@ def _exporting(what: str) -> Iterator[None]:
         raise
     # The exporters have no errors in common.
     except Exception as error:
-        raise ConfigError(f"The model cannot be written as {what} ({first_line(error)}): write .safetensors.") from error
+        raise ConfigError(
+            f"The model cannot be written as {what} ({first_line(error)}): write .safetensors."
+        ) from error

@@ -55,7 +55,7 @@ def _entry(run: RunFolder, config: Config, varied: Sequence[str], target: float 
 
 
 def varying(configs: Sequence[Config]) -> list[str]:
-    """Return the keys in which any of the configs differ, in the order of the config, but for those that stand apart."""
+    """Return the keys in which any of the configs differ, in the order of the config, without those of `APART`."""
     found = {key for config in configs[1:] for key in differences(configs[0], config)}
     return [each.key for each in keys() if each.key in found and not each.key.startswith(APART)]
 
@@ -65,4 +65,3 @@ def value_of(config: Config, key: str) -> str:
     section, _, name = key.partition(".")
     value = getattr(getattr(config, section), name)
     return value if isinstance(value, str) else "" if value is None else as_toml(msgspec.to_builtins(value))
-

@@ -1,6 +1,6 @@
 """Runs as an SVG picture: accuracy on the validation data against rounds, seconds and bytes."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 from xml.etree.ElementTree import Element, SubElement, indent, tostring
 
@@ -96,9 +96,8 @@ def _legend(canvas: Canvas, runs: Sequence[Entry]) -> None:
 def _panel(canvas: Canvas, frame: Frame, panel: Panel, comparison: Comparison) -> None:
     _axes(canvas, frame, panel)
     if (target := comparison.target_accuracy) is not None:
-        y = f"{frame.y(target):.2f}"
-        ends = {"x1": f"{frame.left:.2f}", "x2": f"{frame.left + WIDE:.2f}", "y1": y, "y2": y}
-        SubElement(canvas.root, "line", {**ends, "stroke": INK, "stroke-dasharray": "4 4", "class": "target"})
+        ends = (frame.left, frame.y(target)), (frame.left + WIDE, frame.y(target))
+        _rule(canvas, *ends, {"stroke": INK, "stroke-dasharray": "4 4", "class": "target"})
     for number, entry in enumerate(comparison.runs):
         known = [at for at in entry.course if at.accuracy is not None]
         places = [(frame.x(panel.x(at)), frame.y(at.accuracy or 0.0)) for at in known]
@@ -118,15 +117,20 @@ def _axes(canvas: Canvas, frame: Frame, panel: Panel) -> None:
     grid = Canvas(SubElement(canvas.root, "g", {"stroke": GRID}))
     bottom = frame.top + HEIGHT
     for value in ticks(Extent(0.0, frame.most), 5):
-        x = f"{frame.x(value):.2f}"
-        SubElement(grid.root, "line", {"x1": x, "x2": x, "y1": f"{frame.top:g}", "y2": f"{bottom + 4:g}"})
-        canvas.text(float(x), bottom + 18, f"{value:g}", FAINT, **{"text-anchor": "middle"})
+        x = frame.x(value)
+        _rule(grid, (x, frame.top), (x, bottom + 4), {})
+        canvas.text(x, bottom + 18, f"{value:g}", FAINT, **{"text-anchor": "middle"})
     for value in ticks(Extent(frame.low, frame.high), 6):
-        y = f"{frame.y(value):.2f}"
-        ends = {"x1": f"{frame.left:.2f}", "x2": f"{frame.left + WIDE:.2f}", "y1": y, "y2": y}
-        SubElement(grid.root, "line", ends)
-        canvas.text(frame.left - 6, float(y) + 4, f"{100 * value:.3g} %", FAINT, **{"text-anchor": "end"})
+        y = frame.y(value)
+        _rule(grid, (frame.left, y), (frame.left + WIDE, y), {})
+        canvas.text(frame.left - 6, round(y + 4, 2), f"{100 * value:.3g} %", FAINT, **{"text-anchor": "end"})
     canvas.text(frame.left + WIDE / 2, bottom + 36, panel.title, INK, **{"text-anchor": "middle"})
+
+
+def _rule(canvas: Canvas, begin: tuple[float, float], end: tuple[float, float], style: Mapping[str, str]) -> None:
+    """Draw a straight line."""
+    ends = {"x1": begin[0], "y1": begin[1], "x2": end[0], "y2": end[1]}
+    SubElement(canvas.root, "line", {**{name: f"{place:.2f}" for name, place in ends.items()}, **style})
 
 
 def _line(canvas: Canvas, places: Sequence[tuple[float, float]], number: int) -> None:

@@ -44,7 +44,6 @@ class Point(NamedTuple):
         return f"{plain}-{blake2b(name.encode(), digest_size=4).hexdigest()}"
 
 
-
 class Axis(NamedTuple):
     """A key and the values that it takes."""
 
