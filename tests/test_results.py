@@ -164,9 +164,9 @@ def test_compare_shows_figures_and_differences(two: Path, here: Here) -> None:
     assert (code, err) == (0, "")
     rows = rows_of(out)
     assert rows[0][:6] == ["run", "test", "loss", "val", "rounds", "time"]
-    assert rows[2] == words("a 90.00 % 0.5000 80.00 % 3 5.0 s 10 ms 1.0 MB 2.0 MB 25 % 50 %")
-    assert rows[3] == words("b (failed) – – 80.00 % 3 4.0 s – 209 B 50 B – –")
-    assert rows[-3] == ["differs", "a", "b"]
+    assert rows[2] == words("1 a 90.00 % 0.5000 80.00 % 3 5.0 s 10 ms 1.0 MB 2.0 MB 25 % 50 %")
+    assert rows[3] == words("2 b (failed) – – 80.00 % 3 4.0 s – 209 B 50 B – –")
+    assert rows[-3] == ["differs", "1", "2"]
     assert rows[-1] == ["train.lr", "0.05", "0.1"]
 
 
@@ -174,9 +174,9 @@ def test_compare_shows_what_the_target_took(two: Path, here: Here) -> None:
     _, out, _ = here("compare", "a", "b", "--target-accuracy", "0.5")
     rows = rows_of(out)
     assert rows[-4] == words("to val 50.0 % rounds time up down")
-    assert rows[-2] == words("a 3 4.0 s 209 B 50 B")
+    assert rows[-2] == words("1 a 3 4.0 s 209 B 50 B")
     _, out, _ = here("compare", "a", "b", "--target-accuracy", "0.95")
-    assert words(out)[-6:] == words("b not reached – – –")
+    assert words(out)[-7:] == words("2 b not reached – – –")
 
 
 def test_compare_answers_in_json(two: Path, here: Here) -> None:
@@ -298,7 +298,7 @@ def test_the_picture_has_a_point_for_every_evaluation_in_every_panel(two: Path, 
     assert tips[1] == "a, round 3: 80.00 % after 4.0 s, 0.00 MB up, 0.00 MB down"
     texts = {text.text for text in root.iter(f"{SVG}text")}
     assert {panel.title for panel in PANELS} <= texts
-    assert "a  train.lr=0.05" in texts
+    assert "a (train.lr=0.05)" in texts
     assert sum(line.get("class") == "target" for line in root.iter(f"{SVG}line")) == len(PANELS)
 
 

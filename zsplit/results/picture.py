@@ -87,7 +87,7 @@ def _legend(canvas: Canvas, runs: Sequence[Entry]) -> None:
     for number, entry in enumerate(runs):
         _line(canvas, [(12, canvas.y + 7), (36, canvas.y + 7)], number)
         differs = ", ".join(f"{key}={value or NONE}" for key, value in entry.keys.items())
-        name = f"{entry.figures.run}  {differs}" if differs else entry.figures.run
+        name = f"{entry.figures.run} ({differs})" if differs else entry.figures.run
         canvas.text(44, canvas.y + 11, name[: int((WIDTH - 60) / CHARACTER)])
         canvas.y += ENTRY - 4
     canvas.y += 14

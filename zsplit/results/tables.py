@@ -51,15 +51,15 @@ def comparison_tables(comparison: Comparison) -> Iterator[RenderableType]:
 
 def _figures(runs: Sequence[Entry]) -> Table:
     table = _table("run", [column.title for column in COLUMNS])
-    for entry in runs:
+    for number, entry in enumerate(runs, 1):
         state = "" if entry.figures.state == "finished" else f" ({entry.figures.state})"
-        table.add_row(Text(entry.figures.run + state), *(column.text(entry.figures) for column in COLUMNS))
+        table.add_row(_run(number, entry, state), *(column.text(entry.figures) for column in COLUMNS))
     return table
 
 
 def _keys(runs: Sequence[Entry]) -> Table:
-    """Return the keys that differ, a row each, with a column for each run."""
-    table = _table("differs", [entry.figures.run for entry in runs])
+    """Return the keys that differ, a row each, with a column for each run by its number."""
+    table = _table("differs", [f"{number}" for number, _ in enumerate(runs, 1)])
     for key in runs[0].keys:
         table.add_row(Text(key), *(Text(entry.keys[key] or words.NONE) for entry in runs))
     return table
@@ -67,13 +67,18 @@ def _keys(runs: Sequence[Entry]) -> Table:
 
 def _targets(runs: Sequence[Entry], accuracy: float) -> Table:
     table = _table(f"to val {words.percent(accuracy)}", ["rounds", "time", "up", "down"])
-    for entry in runs:
+    for number, entry in enumerate(runs, 1):
         if (at := entry.target) is None:
-            table.add_row(Text(entry.figures.run), "not reached", *[words.NONE] * 3)
+            table.add_row(_run(number, entry), "not reached", *[words.NONE] * 3)
         else:
             volume = (words.scaled(size, "B") for size in (at.bytes_up, at.bytes_down))
-            table.add_row(Text(entry.figures.run), str(at.round), words.seconds(at.seconds), *volume)
+            table.add_row(_run(number, entry), str(at.round), words.seconds(at.seconds), *volume)
     return table
+
+
+def _run(number: int, entry: Entry, state: str = "") -> Text:
+    """Return a run as the tables name it: its number, which the table of keys has at the top, and its folder."""
+    return Text(f"{number} {entry.figures.run}{state}")
 
 
 def sweep_table(rows: Sequence[Row]) -> Table:
