@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -48,14 +49,42 @@ def eval_command(run: Path, data: str, device: str, as_json: bool) -> None:
 @run_argument
 @click.argument("images", nargs=-1, required=True, metavar="IMAGE...", type=click.Path(path_type=Path))
 @click.option("--resize", is_flag=True, help="Scale and crop images to the model's size.")
+@click.option(
+    "--split", is_flag=True, help="Run only the front here; the back is at a server of `zsplit broker --serve`."
+)
+@click.option(
+    "--broker", "address", default="127.0.0.1:5757", metavar="HOST:PORT", show_default=True, help="For --split."
+)
+@click.option("--connect-seconds", default=60.0, show_default=True, help="How long to wait for broker and server.")
 @data_option
 @device_option
 @json_option
-def predict(run: Path, images: tuple[Path, ...], resize: bool, data: str, device: str, as_json: bool) -> None:
+def predict(
+    run: Path,
+    images: tuple[Path, ...],
+    resize: bool,
+    split: bool,
+    address: str,
+    connect_seconds: float,
+    data: str,
+    device: str,
+    as_json: bool,
+) -> None:
     """Say what the merged model of RUN sees on each IMAGE: the most probable classes, best first."""
-    from zsplit.after.predict import predict as ask
+    from zsplit.after.predict import ask_here
+    from zsplit.after.predict import predict as look
+    from zsplit.after.split import Asking, ask_split
+    from zsplit.after.trained import version_of
+    from zsplit.data import sample_shape
+    from zsplit.train.machine import choose_device
 
-    predictions = ask(_trained(open_run(run), device), images, resize, data)
+    folder = open_run(run)
+    config, shape = folder.config(), sample_shape(folder.config())
+    if split:
+        asking = Asking(address, shape, version_of(folder.weights()), choose_device(device), connect_seconds, _say)
+        predictions = look(config, shape, partial(ask_split, asking), images, resize, data)
+    else:
+        predictions = look(config, shape, partial(ask_here, _trained(folder, device)), images, resize, data)
     if as_json:
         _print_json([_plain(each) for each in predictions])
     else:
@@ -93,6 +122,11 @@ def _trained(folder: RunFolder, device: str) -> "Trained":
     from zsplit.train.machine import choose_device
 
     return load_trained(folder, choose_device(device))
+
+
+def _say(sentence: str) -> None:
+    """Tell the person at this terminal; stdout is for results."""
+    click.echo(sentence, err=True)
 
 
 def _print_predictions(predictions: "Iterable[Prediction]") -> None:

@@ -15,7 +15,7 @@ from zsplit.wire.events import (
     encode_event,
     topic,
 )
-from zsplit.wire.messages import Evaluate, Held, Measure, Merge, Turn
+from zsplit.wire.messages import Evaluate, Held, Measure, Merge, Predict, Turn
 from zsplit_broker.books import RoundRecord
 from zsplit_broker.events import Event, Joined, Lost, Planned, Stopped
 from zsplit_broker.router import Router
@@ -233,6 +233,8 @@ def _verb(job: object) -> str:
             return "merging"
         case Measure():
             return "measuring"
+        case Predict():
+            return "predicting"
         case None:
             return "waiting"
         case _:

@@ -56,6 +56,7 @@ Phase = Literal[
     "validating",
     "testing",
     "finished",
+    "serving",
 ]
 
 

@@ -1,6 +1,6 @@
 """An open lease: the job, and what is missing until it is done."""
 
-from zsplit.wire.messages import Evaluate, Job, Measure, Tally, Turn
+from zsplit.wire.messages import Evaluate, Job, Measure, Predict, Tally, Turn
 from zsplit_broker.events import Done
 from zsplit_broker.tally import NOTHING
 
@@ -36,7 +36,7 @@ class Work:
 def client_of(job: Job) -> int | None:
     """Return the client that takes part in a job, None where only a server does."""
     match job:
-        case Turn(client=client) | Evaluate(client=client):
+        case Turn(client=client) | Evaluate(client=client) | Predict(client=client):
             return client
         case Measure(client=client) if client >= 0:
             return client

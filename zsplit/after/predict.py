@@ -1,6 +1,6 @@
 """Asking a run's model: what does it see on these images, and how sure is it."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import msgspec
@@ -11,6 +11,7 @@ from zsplit.after.evaluate import elsewhere
 from zsplit.after.images import read_images, scale_of
 from zsplit.after.names import class_names
 from zsplit.after.trained import Trained
+from zsplit.config import Config
 
 TOP = 5
 """Classes that are named for each image, most probable first."""
@@ -31,18 +32,30 @@ class Prediction(msgspec.Struct, frozen=True):
     classes: list[Guess]
 
 
-def predict(trained: Trained, paths: Sequence[Path], resize: bool = False, data: str = "") -> list[Prediction]:
-    """Return what the model sees on each image. `data` takes the place of `data.path`, where class names are read.
+Model = Callable[[Tensor], Iterable[Tensor]]
+"""Gives the outputs, shape (classes,), of each of its inputs, shape (N, C, H, W)."""
 
-    Raises ConfigError and DataError as `read_images` does.
+
+def predict(
+    config: Config, shape: tuple[int, ...], ask: Model, paths: Sequence[Path], resize: bool = False, data: str = ""
+) -> list[Prediction]:
+    """Return what the model of a run with this config sees on each image.
+
+    `data` takes the place of `data.path`, where class names are read. Raises ConfigError and DataError as
+    `read_images` does.
     """
-    scale = scale_of(trained.config, trained.shape[0])
-    inputs = read_images(list(paths), trained.shape, scale, resize)
-    names = class_names(elsewhere(trained.config, data))
-    with torch.inference_mode():
-        # One at a time: what an image gives must not depend on which others it came with.
-        outputs = [trained.model(image[None].to(trained.device))[0].cpu() for image in inputs]
-    return [Prediction(str(path), list(_guesses(logits, names))) for path, logits in zip(paths, outputs, strict=True)]
+    inputs = read_images(list(paths), shape, scale_of(config, shape[0]), resize)
+    names = class_names(elsewhere(config, data))
+    return [
+        Prediction(str(path), list(_guesses(logits.cpu(), names)))
+        for path, logits in zip(paths, ask(inputs), strict=True)
+    ]
+
+
+@torch.inference_mode()
+def ask_here(trained: Trained, inputs: Tensor) -> list[Tensor]:
+    """Return the uncut model's outputs, one input at a time: none depends on which others it came with."""
+    return [trained.model(one[None].to(trained.device))[0] for one in inputs]
 
 
 def _guesses(logits: Tensor, names: Sequence[str]) -> Iterator[Guess]:

@@ -45,6 +45,16 @@ def load_trained(run: RunFolder, device: torch.device) -> Trained:
     return Trained(model.to(device).eval(), config, shape, file, device)
 
 
+def version_of(file: Path) -> str:
+    """Return the digest of the version that a run's file of weights is; empty for other files. Raises StorageError."""
+    try:
+        with safe_open(file, framework="pt") as opened:
+            about: dict[str, str] = opened.metadata() or {}
+    except (OSError, SafetensorError) as error:
+        raise _unreadable(file, error) from error
+    return about.get("version", file.stem if "manifest" in about else "")
+
+
 def read_weights(file: Path) -> dict[str, Tensor]:
     """Return the model's tensors in a safetensors file, without optimizer buffers. Raises StorageError."""
     try:
@@ -52,7 +62,11 @@ def read_weights(file: Path) -> dict[str, Tensor]:
             names = [name for name in opened.keys() if not name.startswith((OPTIMIZER, LOCAL))]  # noqa: SIM118
             return {name: opened.get_tensor(name) for name in names}
     except (OSError, SafetensorError) as error:
-        raise StorageError(f"{file} cannot be read ({error}): put it back from a copy, or run again.") from error
+        raise _unreadable(file, error) from error
+
+
+def _unreadable(file: Path, error: Exception) -> StorageError:
+    return StorageError(f"{file} cannot be read ({error}): put it back from a copy, or run again.")
 
 
 def _load(model: nn.Module, weights: dict[str, Tensor], file: Path) -> None:

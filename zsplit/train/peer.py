@@ -9,7 +9,7 @@ from torch import nn
 
 from zsplit.config import from_json
 from zsplit.data import ClientData, Data, open_data, sample_shape
-from zsplit.errors import ZsplitError
+from zsplit.errors import ConfigError, ZsplitError
 from zsplit.train.client import Client
 from zsplit.train.half import Workshop
 from zsplit.train.link import CONNECT_SECONDS, Link
@@ -58,6 +58,10 @@ def run_client(
     link = Link(broker, "client", index, say=say)
 
     def work() -> str:
+        if link.welcome.serving:
+            raise ConfigError(
+                f"The broker at {broker} serves a finished run, it trains none: ask it with `zsplit predict --split`."
+            )
         config = from_json(link.welcome.config)
         set_up(config, config.client.threads)
         place = choose_device(device or config.client.device)

@@ -13,7 +13,8 @@ from zsplit.train.half import Half, Workshop
 from zsplit.train.jobs import Evaluating, Handler, Initialising, Measuring, Merging, Training
 from zsplit.train.link import Fetched, Incoming, Link
 from zsplit.train.machine import describe
-from zsplit.wire.messages import Evaluate, Finish, Init, Job, Lease, Measure, Merge, Orders, Step, Turn
+from zsplit.train.predicting import Predicting
+from zsplit.wire.messages import Evaluate, Finish, Init, Job, Lease, Measure, Merge, Orders, Predict, Step, Turn
 from zsplit.wire.messages import Tensors as TensorsMessage
 
 TELEMETRY_SECONDS = 0.25
@@ -77,8 +78,10 @@ class Server:
                 return Training(self.link, job, self.config, self._half(job))
             case Evaluate():
                 return Evaluating(self.link, job, self._half(job))
+            case Predict():
+                return Predicting(self.link, job, self._half(job))
 
-    def _half(self, job: Turn | Evaluate) -> Half:
+    def _half(self, job: Turn | Evaluate | Predict) -> Half:
         """Return a back for the job, if possible one that has its version's weights already."""
         fitting = [
             (half.version == job.base.digest, i) for i, (cut, half) in enumerate(self.spare) if cut == job.plan.cut
@@ -89,7 +92,7 @@ class Server:
 
     def _drop(self, handler: Handler) -> None:
         """Keep the back of a job that is over for the next one at the same cut; no more than can be used at once."""
-        if isinstance(handler, Training | Evaluating):
+        if isinstance(handler, Training | Evaluating | Predicting):
             self.spare.append((handler.job.plan.cut, handler.half))
             del self.spare[: -self.config.schedule.clients]
 

@@ -91,6 +91,16 @@ class Evaluate(Record, frozen=True, tag="evaluate"):
     part: Literal["validation", "test"]
 
 
+class Predict(Record, frozen=True, tag="predict"):
+    """A client asks for outputs, forward only, for as long as it is here: a broker that serves a version gives it."""
+
+    lease: Lease
+    client: int
+    server: int
+    base: Ref
+    plan: Plan
+
+
 class Contribution(Record, frozen=True):
     """What one client's turn leaves: the state of the front and of the back, and its weight."""
 
@@ -118,7 +128,7 @@ class Measure(Record, frozen=True, tag="measure"):
     client: int = -1
 
 
-Job = Init | Turn | Evaluate | Merge | Measure
+Job = Init | Turn | Evaluate | Predict | Merge | Measure
 
 
 class Stretch(Record, frozen=True):
@@ -278,7 +288,10 @@ class Hello(Control, frozen=True, tag="hello"):
 
 
 class Welcome(Control, frozen=True, tag="welcome"):
-    """Broker → peer: you are in. `config` is the run's config as JSON; ports belong to the broker's host."""
+    """Broker → peer: you are in. `config` is the run's config as JSON; ports belong to the broker's host.
+
+    `serving`: there is no training here, a finished run's last version answers.
+    """
 
     session: str
     run: str
@@ -286,6 +299,7 @@ class Welcome(Control, frozen=True, tag="welcome"):
     config: bytes
     data_port: int
     events_port: int
+    serving: bool = False
 
 
 class Refused(Control, frozen=True, tag="refused"):
@@ -382,7 +396,8 @@ class Tensors(Data, frozen=True, tag="t"):
 
     Legs with two parts: 0 smashed data and labels up, 1 gradients down. `scalars` carries, up, the samples of the
     mini-batch (`batch`) and its number of micro-batches (`micros`); down, the mean loss of the slice (`loss`), or in
-    an evaluation `loss`, `top1`, `top5` and `samples`, summed.
+    an evaluation `loss`, `top1`, `top5` and `samples`, summed. A prediction has smashed data alone up, and down the
+    outputs as `other`.
     """
 
     lease: Lease
