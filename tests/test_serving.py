@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 from test_after import write_digit
 
+from zsplit.after.split import check_job
 from zsplit.config import load_config
-from zsplit.errors import ConfigError
-from zsplit.wire.messages import Lease, Predict, Prepared, Pull, Ref
+from zsplit.errors import ConfigError, RunFailedError
+from zsplit.wire.messages import Finish, Lease, Orders, Plan, Predict, Prepared, Pull, Ref
 from zsplit.wire.transfer import MANIFEST
 from zsplit_broker.events import Entry, Event, Joined, Lost, Ready, Started, Stopped
 from zsplit_broker.relay import refs_of
@@ -210,6 +211,16 @@ def broker_of(processes: Processes, *arguments: str) -> Iterator[str]:
     yield str(json.loads(broker.line('"address"'))["address"])
     broker.signal(signal.SIGINT)
     broker.wait()
+
+
+def test_a_server_that_leaves_and_a_broker_that_ends_are_said_in_a_sentence() -> None:
+    plan, base = Plan(cut="pool"), Ref(digest="d" * 32, holder="broker")
+    job = Predict(lease=Lease(1, 1), client=0, server=0, base=base, plan=plan)
+    check_job(Orders(revision=1, jobs=(job,)), job)
+    with pytest.raises(RunFailedError, match=r"^The server left before it had answered everything: ask again\.$"):
+        check_job(Orders(revision=2), job)
+    with pytest.raises(RunFailedError, match=r"^Serving has ended: stopped by SIGINT\.$"):
+        check_job(Orders(revision=3, finish=Finish(ok=True, sentence="Serving has ended: stopped by SIGINT")), job)
 
 
 def test_serving_takes_no_config_of_its_own(here: Here, tmp_path: Path) -> None:

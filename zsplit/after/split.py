@@ -67,7 +67,7 @@ def _job(link: Link, asking: Asking) -> Predict:
     while (left := until - time.monotonic()) > 0:
         event = link.next(left)
         if isinstance(event, Orders):
-            _check_on(event)
+            check_on(event)
             if found := [job for job in event.jobs if isinstance(job, Predict)]:
                 return found[0]
     raise LinkError(
@@ -79,7 +79,7 @@ def _load(link: Link, job: Predict, half: Half) -> None:
     link.report(Held(lease=job.lease, state="opening"), at_once=False)
     link.fetch(job.lease, job.base, half.needs(job.base.digest, training=False))
     while not isinstance(event := link.next(), Fetched):
-        _check_job(event, job)
+        check_job(event, job)
     half.load(job.base.digest, event.tensors)
     half.part.eval()
 
@@ -102,17 +102,17 @@ def _take(link: Link, job: Predict, outputs: dict[int, Tensor]) -> None:
     if isinstance(event, Incoming) and isinstance(event.message, TensorsMessage):
         outputs[event.message.step] = event.tensors["other"][0]
     else:
-        _check_job(event, job)
+        check_job(event, job)
 
 
-def _check_job(event: object, job: Predict) -> None:
+def check_job(event: object, job: Predict) -> None:
     """Raise RunFailedError where the orders no longer list the job: its server left, or serving has ended."""
     if isinstance(event, Orders):
-        _check_on(event)
+        check_on(event)
         if all(each.lease != job.lease for each in event.jobs):
             raise RunFailedError("The server left before it had answered everything: ask again.")
 
 
-def _check_on(orders: Orders) -> None:
+def check_on(orders: Orders) -> None:
     if orders.finish is not None:
         raise RunFailedError(f"{orders.finish.sentence}.")
