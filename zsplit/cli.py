@@ -47,8 +47,7 @@ def cli(debug: bool) -> None:
     """
 
 
-cli.add_command(broker, "broker")
-for command in (plan, profile, eval_command, predict, export, compare, sweep):
+for command in (broker, plan, profile, eval_command, predict, export, compare, sweep):
     cli.add_command(command)
 
 
