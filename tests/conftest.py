@@ -251,3 +251,15 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
         return Ending(code, *capsys.readouterr())
 
     return run
+
+
+@pytest.fixture(scope="session")
+def digits_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a finished run of the digits demo, two clients and two rounds: to be read, never to be changed."""
+    from zsplit.config import load_config
+    from zsplit.launch import run_here
+
+    config = load_config(None, ["broker.port=0", *QUICK, "run.name=demo"])
+    result = run_here(config, str(tmp_path_factory.mktemp("digits") / "demo"))
+    assert result.ok, result.sentence
+    return result.folder

@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING
 
 import click
 
+from zsplit.after_cli import eval_command, export, predict
 from zsplit.config import keys, load_config
 from zsplit.errors import ConfigError, RunFailedError, ZsplitError
 from zsplit.planning_cli import plan, profile
+from zsplit.results_cli import compare, sweep
 from zsplit_broker.__main__ import broker, with_plan
 
 if TYPE_CHECKING:
@@ -45,9 +47,8 @@ def cli(debug: bool) -> None:
     """
 
 
-cli.add_command(broker, "broker")
-cli.add_command(plan)
-cli.add_command(profile)
+for command in (broker, plan, profile, eval_command, predict, export, compare, sweep):
+    cli.add_command(command)
 
 
 @cli.command()

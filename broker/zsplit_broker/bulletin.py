@@ -15,13 +15,13 @@ from zsplit.wire.events import (
     encode_event,
     topic,
 )
-from zsplit.wire.messages import Evaluate, Held, Measure, Merge, Turn
+from zsplit.wire.messages import Evaluate, Held, Measure, Merge, Predict, Turn
 from zsplit_broker.books import RoundRecord
 from zsplit_broker.events import Event, Joined, Lost, Planned, Stopped
 from zsplit_broker.router import Router
 from zsplit_broker.scheduler import Scheduler
 from zsplit_broker.session import Session
-from zsplit_broker.tally import mean, quantile
+from zsplit_broker.tally import add, mean, quantile
 from zsplit_broker.work import client_of
 
 
@@ -95,6 +95,7 @@ class Bulletin:
     def round_event(self, record: RoundRecord) -> RoundEvent:
         """Return a finished round's figures."""
         train, validation = record.train, record.validation
+        traffic = add([train, record.server, validation]).traffic.values()
         return RoundEvent(
             round=record.round + 1,
             samples=train.samples,
@@ -106,6 +107,8 @@ class Bulletin:
             version=record.version,
             seconds=record.seconds,
             step_seconds=quantile(train.step_seconds, 0.5),
+            bytes_up=sum(up for up, _ in traffic),
+            bytes_down=sum(down for _, down in traffic),
         )
 
     def logs(self, event: Event) -> Iterator[LogEvent]:
@@ -230,6 +233,8 @@ def _verb(job: object) -> str:
             return "merging"
         case Measure():
             return "measuring"
+        case Predict():
+            return "predicting"
         case None:
             return "waiting"
         case _:

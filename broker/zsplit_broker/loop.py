@@ -32,7 +32,6 @@ from zsplit.wire.messages import (
     Chunk,
     ControlMessage,
     DataMessage,
-    Evaluate,
     Fault,
     Hello,
     Job,
@@ -73,7 +72,7 @@ from zsplit_broker.sockets import BELL, Sockets
 from zsplit_broker.summary import summarise
 from zsplit_broker.timeline import Timeline
 from zsplit_broker.versions import Versions
-from zsplit_broker.work import Peer
+from zsplit_broker.work import Peer, client_of
 
 DRAIN = 64
 """Messages taken from one socket before the others have their turn."""
@@ -110,12 +109,13 @@ class Broker:
         journal: Journal,
         sockets: Sockets,
         planned: Sequence[Planned] = (),
+        scheduler: Scheduler | None = None,
     ) -> None:
         self.config = config
         self.run = run
         self.folder = folder
         self.journal = journal
-        self.scheduler = Scheduler(config)
+        self.scheduler = scheduler or Scheduler(config)
         self.router = Router(config, self.scheduler, run, (sockets.data_port, sockets.events_port))
         self.bulletin = Bulletin(self.scheduler, self.router, run, str(folder))
         self.versions = Versions(folder / "versions")
@@ -398,7 +398,7 @@ class Broker:
         if route is None:
             self.router.dropped += 1
         elif route.to == BROKER:
-            self._store(message, frames)
+            self._receive(route.message or message, frames)
         else:
             sent = self._forward(route.to, header if route.message is None else encode(route.message), frames)
             if isinstance(message, Pull) and not sent:
@@ -431,7 +431,8 @@ class Broker:
                 if not self._forward(holder, encode(pull), []):
                     intake.take(self.router.relay.lacking(pull, "broker"), None)
 
-    def _store(self, message: DataMessage, frames: list[zmq.Frame]) -> None:
+    def _receive(self, message: DataMessage, frames: list[zmq.Frame]) -> None:
+        """Take in a data message for the broker itself: a piece of a version that it stores."""
         intake = self.intakes.get(message.digest) if isinstance(message, Chunk) else None
         if intake is None or not isinstance(message, Chunk):
             return
@@ -460,4 +461,5 @@ class Broker:
 def parties(job: Job) -> set[Peer]:
     """Return the peers that a job concerns."""
     peers: set[Peer] = {("server", job.server)}
-    return peers | {("client", job.client)} if isinstance(job, Turn | Evaluate) else peers
+    client = client_of(job)
+    return peers if client is None else peers | {("client", client)}

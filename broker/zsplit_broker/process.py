@@ -42,7 +42,7 @@ def run_broker(config: Config, out: str | None, ready: Callable[[Sockets, Path],
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda n, _: broker.stop(f"stopped by {signal.Signals(n).name}"))
         if attached:
-            Thread(target=_stop_at_end_of_input, args=(broker,), daemon=True).start()
+            Thread(target=stop_at_end_of_input, args=(broker,), daemon=True).start()
         ready(sockets, folder)
         outcome = broker.serve()
     if broker.scheduler.version is None:
@@ -50,7 +50,8 @@ def run_broker(config: Config, out: str | None, ready: Callable[[Sockets, Path],
     return outcome
 
 
-def _stop_at_end_of_input(broker: Broker) -> None:
+def stop_at_end_of_input(broker: Broker) -> None:
+    """Stop the broker when the standard input ends."""
     while os.read(0, 4096):
         pass
     broker.stop("whoever started the broker is gone")

@@ -16,6 +16,7 @@ from zsplit.wire.messages import (
     Kind,
     Lease,
     Measure,
+    Predict,
     Pull,
     Ref,
     Role,
@@ -38,7 +39,7 @@ class Route(NamedTuple):
     message: DataMessage | None = None
 
 
-KINDS: dict[type[Job], Kind] = {Turn: "train", Evaluate: "eval", Measure: "probe"}
+KINDS: dict[type[Job], Kind] = {Turn: "train", Evaluate: "eval", Predict: "predict", Measure: "probe"}
 """The kind of tensors that pass under a job."""
 
 UP, DOWN = 0, 1
@@ -166,7 +167,7 @@ class Relay:
     def _open_lane(self, session: Session, message: Tensors | Step) -> Lane | None:
         """Return the lane of what this peer sends under the lease, or None where the message may not pass."""
         work = self.scheduler.work.get(message.lease)
-        if work is None or not work.ready or not isinstance(work.job, Turn | Evaluate | Measure):
+        if work is None or not work.ready or not isinstance(work.job, Turn | Evaluate | Predict | Measure):
             return None
         job = work.job
         kind = KINDS[type(job)]
@@ -187,9 +188,12 @@ class Relay:
             return None
         if Ref(digest=message.digest, holder=message.source) not in refs_of(work.job):
             return None
+        asked = msgspec.structs.replace(message, origin=session.name)
+        if message.source == "broker":
+            return Route(BROKER, asked)
         to = self.data_of(message.source)
         if to is not None:
-            return Route(to, msgspec.structs.replace(message, origin=session.name))
+            return Route(to, asked)
         return Route(sender, self.lacking(message, session.name))
 
     def lacking(self, pull: Pull, origin: str) -> Chunk:

@@ -143,6 +143,7 @@ class Router:
             config=self._config_json,
             data_port=self.ports[0],
             events_port=self.ports[1],
+            serving=self.scheduler.phase == "serving",
         )
 
     # Control

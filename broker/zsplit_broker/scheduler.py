@@ -73,6 +73,7 @@ Phase = Literal[
     "validating",
     "testing",
     "finished",
+    "serving",
 ]
 
 

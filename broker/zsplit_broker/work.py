@@ -1,6 +1,6 @@
 """An open lease: the job, and what is missing until it is done."""
 
-from zsplit.wire.messages import Contribution, Evaluate, Job, Measure, Merge, Ref, Tally, Turn
+from zsplit.wire.messages import Contribution, Evaluate, Job, Measure, Merge, Predict, Ref, Tally, Turn
 from zsplit_broker.events import Done
 from zsplit_broker.tally import NOTHING
 
@@ -36,7 +36,7 @@ class Work:
 def client_of(job: Job) -> int | None:
     """Return the client that takes part in a job, None where only a server does."""
     match job:
-        case Turn(client=client) | Evaluate(client=client):
+        case Turn(client=client) | Evaluate(client=client) | Predict(client=client):
             return client
         case Measure(client=client) if client >= 0:
             return client
@@ -54,7 +54,7 @@ def refs_of(job: Job) -> list[Ref]:
     match job:
         case Turn(base=base, back=back):
             return [base] if back is None else [base, back]
-        case Evaluate(base=base):
+        case Evaluate(base=base) | Predict(base=base):
             return [base]
         case Merge(base=base, inputs=inputs):
             return [base, *(ref for contribution in inputs for ref in refs_in(contribution))]

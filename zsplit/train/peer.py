@@ -63,6 +63,10 @@ def run_client(
     link = Link(broker, "client", index, say=say)
 
     def work() -> str:
+        if link.welcome.serving:
+            raise ConfigError(
+                f"The broker at {broker} serves a finished run, it trains none: ask it with `zsplit predict --split`."
+            )
         config = from_json(link.welcome.config)
         set_up(config, config.client.threads)
         place = choose_device(device or config.client.device)

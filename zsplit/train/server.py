@@ -16,11 +16,15 @@ from zsplit.train.labels import LabelBook
 from zsplit.train.link import Fetched, Incoming, Link
 from zsplit.train.machine import describe
 from zsplit.train.middle import Absent, MiddleEvaluating, MiddleTraining
+from zsplit.train.predicting import Predicting
 from zsplit.train.shared import Common, GroupTraining, common_of
-from zsplit.wire.messages import Evaluate, Finish, Init, Job, Lease, Measure, Merge, Orders, Step, Turn
+from zsplit.wire.messages import Evaluate, Finish, Init, Job, Lease, Measure, Merge, Orders, Predict, Step, Turn
 from zsplit.wire.messages import Tensors as TensorsMessage
 
 TELEMETRY_SECONDS = 0.25
+
+HAS_BACK = Training | Evaluating | Predicting
+"""Jobs that compute on a back."""
 
 
 class Server:
@@ -88,6 +92,8 @@ class Server:
             case Evaluate():
                 kind = MiddleEvaluating if job.plan.tail else Evaluating
                 return kind(self.link, job, self.config, self._half(job))
+            case Predict():
+                return Predicting(self.link, job, self._half(job))
 
     def _common(self, job: Turn) -> Common:
         """Return what the turns of a group have in common, made for the first of them."""
@@ -102,7 +108,7 @@ class Server:
             return event
         return self.labels.join(handler.job, event)
 
-    def _half(self, job: Turn | Evaluate) -> Half:
+    def _half(self, job: Turn | Evaluate | Predict) -> Half:
         """Return a back for the job, if possible one that has its version's weights already."""
         base = job.back if isinstance(job, Turn) and job.back is not None else job.base
         here = job.plan.cut, job.plan.tail
@@ -113,7 +119,7 @@ class Server:
 
     def _drop(self, handler: Handler) -> None:
         """Keep the back of a job that is over for the next one at the same cut; no more than can be used at once."""
-        if isinstance(handler, Training | Evaluating) and all(half is not handler.half for half in self._in_use()):
+        if isinstance(handler, HAS_BACK) and all(half is not handler.half for half in self._in_use()):
             plan = handler.job.plan
             self.spare.append(((plan.cut, plan.tail), handler.half))
             del self.spare[: -self.config.schedule.clients]
@@ -121,7 +127,7 @@ class Server:
     def _in_use(self) -> Iterator[Half]:
         """Yield the backs of jobs that go on, and those that are kept already: turns of a group have one."""
         yield from (half for _, half in self.spare)
-        yield from (handler.half for handler in self.jobs.values() if isinstance(handler, Training | Evaluating))
+        yield from (handler.half for handler in self.jobs.values() if isinstance(handler, HAS_BACK))
 
     def _tell(self) -> None:
         elapsed = time.monotonic() - self._told

@@ -22,8 +22,8 @@ class Event(msgspec.Struct, frozen=True, kw_only=True, tag_field="topic"):
 class RunEvent(Event, frozen=True, kw_only=True, tag="run"):
     """The run as a whole; `round` counts the rounds that are done.
 
-    State: `waiting`, `measuring`, `planning`, `storing`, `training`, `evaluating`, `finished` or `failed`. `cut` is
-    `auto` before there is a plan, and names every place where clients differ.
+    State: `waiting`, `measuring`, `planning`, `storing`, `training`, `evaluating`, `finished` or `failed`; `serving`
+    where a finished run is asked. `cut` is `auto` before there is a plan, and names every place where clients differ.
     """
 
     name: str
@@ -48,7 +48,8 @@ class RunEvent(Event, frozen=True, kw_only=True, tag="run"):
 class RoundEvent(Event, frozen=True, kw_only=True, tag="round"):
     """A round is over. Losses and accuracies are means over samples; None where nothing was evaluated.
 
-    `step_seconds` is the median duration of the round's steps, as the clients saw them.
+    `step_seconds` is the median duration of the round's steps, as the clients saw them. Bytes are those of all its
+    messages on the data connection, as seen from the clients; `seconds` is what it took of the run's time.
     """
 
     round: int
@@ -61,10 +62,12 @@ class RoundEvent(Event, frozen=True, kw_only=True, tag="round"):
     version: str = ""
     seconds: float = 0.0
     step_seconds: float | None = None
+    bytes_up: int = 0
+    bytes_down: int = 0
 
 
 class ClientEvent(Event, frozen=True, kw_only=True, tag="client"):
-    """One client. State: `loading`, `waiting`, `measuring`, `training`, `evaluating`, `lost` or `done`.
+    """One client. State: `loading`, `waiting`, `measuring`, `training`, `evaluating`, `predicting`, `lost` or `done`.
 
     `round` counts from 1; `step` of `steps` is that of its latest turn. `losses` are the steps' since the last
     event, `loss` the latest of them, or None where there was none. Bytes are payload and headers on the data
@@ -91,7 +94,8 @@ class ClientEvent(Event, frozen=True, kw_only=True, tag="client"):
 class ServerEvent(Event, frozen=True, kw_only=True, tag="server"):
     """One server.
 
-    State: `loading`, `waiting`, `measuring`, `initialising`, `training`, `evaluating`, `merging`, `lost` or `done`.
+    State: `loading`, `waiting`, `measuring`, `initialising`, `training`, `evaluating`, `merging`, `predicting`, `lost`
+    or `done`.
     """
 
     index: int

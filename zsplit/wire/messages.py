@@ -115,6 +115,16 @@ class Evaluate(Record, frozen=True, tag="evaluate"):
     part: Literal["validation", "test"]
 
 
+class Predict(Record, frozen=True, tag="predict"):
+    """A client asks for outputs, forward only, for as long as it is here: a broker that serves a version gives it."""
+
+    lease: Lease
+    client: int
+    server: int
+    base: Ref
+    plan: Plan
+
+
 class Contribution(Record, frozen=True):
     """What one client's turn leaves: the state of the front and of the back, and its weight.
 
@@ -149,7 +159,7 @@ class Measure(Record, frozen=True, tag="measure"):
     client: int = -1
 
 
-Job = Init | Turn | Evaluate | Merge | Measure
+Job = Init | Turn | Evaluate | Predict | Merge | Measure
 
 
 class Stretch(Record, frozen=True):
@@ -310,7 +320,10 @@ class Hello(Control, frozen=True, tag="hello"):
 
 
 class Welcome(Control, frozen=True, tag="welcome"):
-    """Broker → peer: you are in. `config` is the run's config as JSON; ports belong to the broker's host."""
+    """Broker → peer: you are in. `config` is the run's config as JSON; ports belong to the broker's host.
+
+    `serving`: there is no training here, a finished run's last version answers.
+    """
 
     session: str
     run: str
@@ -318,6 +331,7 @@ class Welcome(Control, frozen=True, tag="welcome"):
     config: bytes
     data_port: int
     events_port: int
+    serving: bool = False
 
 
 class Refused(Control, frozen=True, tag="refused"):
@@ -415,7 +429,8 @@ class Tensors(Data, frozen=True, tag="t"):
     Legs with two parts: 0 smashed data and labels (or sample ids) up, 1 gradients down. U-shaped: 0 smashed data up, 1
     the middle's output down, 2 its gradients up, 3 the gradients of the smashed data down. `scalars` carries, up, the
     samples of the mini-batch (`batch`) and its number of micro-batches (`micros`); down, where the server has the
-    labels, the mean loss of the slice (`loss`), or in an evaluation `loss`, `top1`, `top5` and `samples`, summed.
+    labels, the mean loss of the slice (`loss`), or in an evaluation `loss`, `top1`, `top5` and `samples`, summed. A
+    prediction has smashed data alone up, and down the outputs as `other`.
     """
 
     lease: Lease
