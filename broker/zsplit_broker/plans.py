@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 from zsplit.config import Config
 from zsplit.plan import Situation
-from zsplit.wire.messages import Plan
+from zsplit.wire.messages import Plan, Prepared
 from zsplit_broker import drift, planning
 from zsplit_broker.books import RoundBook
 from zsplit_broker.events import Decide, Joined, Planned
@@ -51,17 +51,23 @@ class Plans:
     @property
     def configured(self) -> Plan:
         """What the config says; the cut by the name that the first server knows it by."""
-        servers = sorted(index for role, index in self._peers if role == "server")
-        cut = self._peers["server", servers[0]].prepared.cut if servers else str(self.config.model.cut)
+        server = self._first_server
+        cut = server.cut if server else str(self.config.model.cut)
         micros = self.config.train.micro_batches
         micros = micros if isinstance(micros, int) else 1
         codec = self.config.codec
         window = self.config.plan.window or micros
         return Plan(cut=cut, micro_batches=micros, window=window, up=codec.up, down=codec.down)
 
+    @property
+    def _first_server(self) -> Prepared | None:
+        servers = sorted(index for role, index in self._peers if role == "server")
+        return self._peers["server", servers[0]].prepared if servers else None
+
     def ask(self, survey: Survey, round_: int, steps: Mapping[int, int]) -> Decide:
         """Ask for the first plan. `steps` is the number of steps of each client in a round."""
-        limits = planning.limits_of(self.config, self.configured)
+        server = self._first_server
+        limits = planning.limits_of(self.config, self.configured, server.earliest if server else "")
         self.situation = planning.situation_of(self.config, self._peers, survey, limits, steps)
         fixed = {} if plans_itself(self.config) else dict.fromkeys(steps, self.configured)
         self.deciding = Decide(round_, self.situation, fixed)

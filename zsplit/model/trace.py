@@ -1,6 +1,7 @@
 """Where a model can be cut, what is on either side of each cut, and cutting it."""
 
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from difflib import get_close_matches
 from itertools import pairwise
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from zsplit.errors import PlanError
+from zsplit.model.kinds import keys_of, resolve
 from zsplit.model.part import Part
 from zsplit.model.passes import ForwardPass, Inventory, Sample, Stretch
 
@@ -66,7 +68,8 @@ class Traced:
     def cut(self, key: Cut) -> CutPoint:
         """Return the cut of this name or index (also in digits); a module's name stands for its last operation.
 
-        Raises PlanError where there is none, naming the nearest ones.
+        `child:3`, `pipelearn:2` and `ms:deep` are cuts as other systems say them (`zsplit.model.kinds`). Raises
+        PlanError where there is none, naming the nearest ones.
         """
         name = key.name if isinstance(key, CutPoint) else str(key)
         if not self.cuts:
@@ -74,6 +77,8 @@ class Traced:
         named = [cut for cut in self.cuts if cut.name == name]
         if named and not isinstance(key, int):
             return named[0]
+        if ":" in name:
+            return self._end_of(resolve(self.model, name))
         if isinstance(key, int) or name.isdecimal():
             return self._at(int(name))
         if any(each.position(name) is not None for each in (self._training, self._evaluation)):
@@ -82,6 +87,14 @@ class Traced:
         if inside:
             return self.cut(inside[-1])
         raise PlanError(self._unknown(name))
+
+    def aliases(self) -> dict[str, list[str]]:
+        """Return for the names of cuts what other systems call these places (`child:3`, …), where they do."""
+        known: dict[str, list[str]] = {}
+        for key in keys_of(self.model):
+            with suppress(PlanError):
+                known.setdefault(self.cut(key).name, []).append(key)
+        return known
 
     def split(self, *cuts: Cut) -> tuple[Part, ...]:
         """Return the parts: front and back for one cut, front, middle and tail for two, the whole for none.
@@ -164,6 +177,17 @@ class Traced:
                 f"The state of {self._kind} holds {sorted(other)[0]!r}, which is neither a parameter nor a buffer "
                 "and would be lost: make it a buffer."
             )
+
+    def _end_of(self, path: str) -> CutPoint:
+        """Return the cut at the end of a module, whose name may be a number, or at an end of the model."""
+        inside = [node for node in self._training.names.values() if node == path or node.startswith(f"{path}.")]
+        last = "output" if inside and self._training.is_output(inside[-1]) else [path, *inside][-1]
+        if last in ("input", "output"):
+            return self.cut(last)
+        for cut in self.cuts:
+            if cut.name == last:
+                return cut
+        raise PlanError(self._cannot(last) if inside else self._unknown(path))
 
     def _at(self, index: int) -> CutPoint:
         if not 0 <= index < len(self.cuts):

@@ -1,7 +1,8 @@
 """One half of the cut model under training: the part, its optimizer, and its share of the run's state."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from copy import deepcopy
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 from zsplit.config import Config
 from zsplit.errors import PlanError, RemoteProtocolError
 from zsplit.model import CutPoint, DeferredBatchNorm, Part, Traced, trace, zoo
+from zsplit.model.weights import read_weights
 from zsplit.train.state import State, Tensors, load_optimizer, optimizer_buffers, weights_of
 from zsplit.wire.manifest import LOCAL, OPTIMIZER
 
@@ -16,22 +18,31 @@ from zsplit.wire.manifest import LOCAL, OPTIMIZER
 class Workshop:
     """Makes halves: the whole model, built and traced once, and copies of its parts.
 
-    `model` takes the place of the one that the config names. `cut` is the place where it is cut unless a plan says
+    `model` takes the place of the one that the config names; `allowed` are the modules of which it may name a function
+    (`zsplit.own`). `earliest` is the first cut that `plan.min_cut` allows, empty where it allows all. `cut` is the place where it is cut unless a plan says
     otherwise. Raises ConfigError for a model that does not exist, PlanError for a cut that does not exist or that
     `plan.min_cut` forbids.
     """
 
-    def __init__(self, config: Config, shape: tuple[int, ...], device: torch.device, model: nn.Module | None) -> None:
+    def __init__(
+        self,
+        config: Config,
+        shape: tuple[int, ...],
+        device: torch.device,
+        model: nn.Module | None,
+        allowed: Collection[str] = (),
+    ) -> None:
         self.config = config
         self.device = device
         self.model = (
             model
             if model is not None
-            else zoo.build(config.model.name, config.model.num_classes, config.run.seed, shape)
+            else zoo.build(config.model.name, config.model.num_classes, config.run.seed, shape, allowed)
         )
         self.traced: Traced = trace(self.model, torch.zeros(2, *shape))
         self._parts: dict[str, tuple[Part, ...]] = {}
         self._earliest = self._find_earliest()
+        self.earliest = self._earliest.name if self._earliest else ""
         self.cut = self._own_cut(zoo.default_cut(config.model.name) if model is None else None).name
 
     def parts(self, cut: str) -> tuple[Part, ...]:
@@ -97,8 +108,12 @@ class Workshop:
         return float((self.config.train.clip_norm / (total + 1e-6)).clamp(max=1.0))
 
     def initial(self) -> State:
-        """Return version 0: the model as it was built."""
-        return State.of(weights_of(self.model))
+        """Return version 0: the model as it was built, or what `model.weights` holds.
+
+        Raises ConfigError where that file cannot be read or is another model's.
+        """
+        own, path = weights_of(self.model), self.config.model.weights
+        return State.of(read_weights(Path(path).expanduser(), own) if path else own)
 
 
 class Half:

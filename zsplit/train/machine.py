@@ -37,10 +37,13 @@ def use_threads(threads: int) -> None:
         torch.set_num_threads(threads)
 
 
-def describe(device: torch.device, cut: str, train: int = 0, validation: int = 0, test: int = 0) -> Prepared:
+def describe(
+    device: torch.device, cut: str, train: int = 0, validation: int = 0, test: int = 0, earliest: str = ""
+) -> Prepared:
     """Return what this peer tells the broker once it is ready. Sizes in samples."""
     return Prepared(
         cut=cut,
+        earliest=earliest,
         train=train,
         validation=validation,
         test=test,

@@ -1,9 +1,10 @@
 """The processes of the torch side, from hello to goodbye: `run_server` and `run_client`.
 
-A model or data given here takes the place of what the config names; that is how a script trains its own.
+A model or data given here takes the place of what the config names; that is how a script trains its own. `allow` are the
+modules of which the config, which comes from the broker, may name functions (`zsplit.own`).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 from torch import nn
 
@@ -24,6 +25,7 @@ def run_server(
     shape: tuple[int, ...] | None = None,
     say: Callable[[str], None] = lambda _: None,
     connect_seconds: float = CONNECT_SECONDS,
+    allow: Collection[str] = (),
 ) -> str:
     """Serve until the run is over; return the broker's last sentence. Raises ZsplitError where it failed.
 
@@ -35,7 +37,7 @@ def run_server(
         config = from_json(link.welcome.config)
         set_up(config, config.server.threads)
         place = choose_device(device or config.server.device)
-        server = Server(link, config, Workshop(config, shape or sample_shape(config), place, model))
+        server = Server(link, config, Workshop(config, shape or sample_shape(config), place, model, allow))
         say(f"server {link.welcome.index} joined the run at {broker}")
         return server.serve()
 
@@ -50,6 +52,7 @@ def run_client(
     data: Data | None = None,
     say: Callable[[str], None] = lambda _: None,
     connect_seconds: float = CONNECT_SECONDS,
+    allow: Collection[str] = (),
 ) -> str:
     """Train as client `index` (−1: the next free one) until the run is over; return the broker's last sentence.
 
@@ -63,7 +66,7 @@ def run_client(
         place = choose_device(device or config.client.device)
         mine = ClientData(config, link.welcome.index, data or open_data(config))
         shape = tuple(data.shape) if data else sample_shape(config)
-        client = Client(link, config, Workshop(config, shape, place, model), mine)
+        client = Client(link, config, Workshop(config, shape, place, model, allow), mine)
         say(f"client {link.welcome.index} joined the run at {broker}")
         return client.serve()
 

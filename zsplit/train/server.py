@@ -34,7 +34,7 @@ class Server:
 
     def serve(self) -> str:
         """Do the broker's jobs until the run is over. Raises RunFailedError where it failed."""
-        self.link.prepared(describe(self.workshop.device, self.workshop.cut))
+        self.link.prepared(describe(self.workshop.device, self.workshop.cut, earliest=self.workshop.earliest))
         while True:
             event = self.link.next(TELEMETRY_SECONDS)
             began = time.monotonic()
