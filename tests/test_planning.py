@@ -70,6 +70,8 @@ def test_the_optimizers_buffers_are_counted(keys: dict[str, object], slots: int)
 def test_what_is_fixed_is_a_limit_and_what_is_auto_is_free() -> None:
     fixed = limits_of(config_of(train__micro_batches=4, plan__window=2, plan__min_cut="conv1"), conv2(4))
     assert (fixed.cut, fixed.micro_batches, fixed.window, fixed.min_cut) == ("conv2", 4, 2, "conv1")
+    by_kind = config_of(plan__min_cut="child:1")
+    assert limits_of(by_kind, conv2(), "conv1").min_cut == "conv1"
     free = limits_of(config_of(model__cut="auto", train__micro_batches="auto", plan__min_cut=3), conv2())
     assert (free.cut, free.micro_batches, free.window, free.min_cut) == ("", 0, 0, "3")
 

@@ -66,8 +66,9 @@ def run_here(
 ) -> Result:
     """Run to the end on this machine; return how it went.
 
-    `allow` are the modules of which the config may name functions (`zsplit.own`). `watch` is called once the processes have been started, with a function that says whether the run is still
-    on, and shows it until then. Ctrl-C stops everything and is raised again as `Interrupted`.
+    `allow` are the modules of which the config may name functions (`zsplit.own`). `watch` is called once the
+    processes have been started, with a function that says whether the run is still on, and shows it until then.
+    Ctrl-C stops everything and is raised again as `Interrupted`.
     Raises ZsplitError where a process cannot start.
     """
     objects = _pickled(model, data)
@@ -168,9 +169,7 @@ def _place(process: "subprocess.Popen[str]") -> Place:
     return Place(told["address"], told["events"], Path(told["out"]))
 
 
-def _peers(
-    config: Config, place: Place, objects: bytes, device: str, allowed: tuple[str, ...]
-) -> Iterator[Peer]:
+def _peers(config: Config, place: Place, objects: bytes, device: str, allowed: tuple[str, ...]) -> Iterator[Peer]:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["zsplit.train.nursery"])
     logs = place.folder / "logs"

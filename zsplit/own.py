@@ -21,8 +21,8 @@ def load(spec: str, allowed: Collection[str], key: str) -> Callable[..., Any]:
     """
     module, name = _parts(spec, key)
     _check_allowed(module, allowed, f"{key} = {spec!r} would import {module}")
-    function = getattr(_imported(module, f"{key} = {spec!r}"), name, None)
-    if not callable(function):
+    function: Callable[..., Any] | None = getattr(_imported(module, f"{key} = {spec!r}"), name, None)
+    if function is None or not callable(function):
         raise ConfigError(f"{key} = {spec!r}: {module} has no function {name}: define it at the module's top level.")
     home = str(getattr(function, "__module__", module))
     _check_allowed(home, allowed, f"{key} = {spec!r} is code of {home}")
@@ -70,7 +70,7 @@ def _imported(module: str, what: str) -> Any:
         missing = error.name if isinstance(error, ModuleNotFoundError) else None
         if missing and (module == missing or module.startswith(f"{missing}.")):
             raise ConfigError(
-                f"{what}: there is no module {missing} here: install it, or start this peer in the folder where it lies."
+                f"{what}: there is no module {missing} here: install it, or start this peer in its folder."
             ) from error
         raise ConfigError(
             f"{what}: importing {module} failed with {type(error).__name__} ({_in_one_line(error)}): mend that module."

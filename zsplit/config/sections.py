@@ -59,13 +59,17 @@ class RunSection(Section, frozen=True):
 class ModelSection(Section, frozen=True):
     """The network and where it is cut."""
 
-    name: Annotated[str, _is("one of docs/models.md, of torchvision's classification models, or `package.module:function`")] = "digits/cnn"
+    name: Annotated[
+        str, _is("one of docs/models.md, of torchvision's classification models, or `package.module:function`")
+    ] = "digits/cnn"
     num_classes: Annotated[Count, _is("number of outputs")] = 10
     weights: Annotated[
-        str, _is("file on the server (`.safetensors`, `.pt`, `.pth`) whose weights are the first version; empty: new ones")
+        str,
+        _is("file on the server (`.safetensors`, `.pt`, `.pth`) whose weights are the first version; empty: new ones"),
     ] = ""
     cut: Annotated[
-        str | CountOr0, _is("a name, index or alias from `zsplit cuts`; `auto`: the planner's choice; empty: the model's own")
+        str | CountOr0,
+        _is("a name, index or alias from `zsplit cuts`; `auto`: the planner's choice; empty: the model's own"),
     ] = ""
     input: Annotated[tuple[Count, ...], _is("shape of a sample, channels first; empty: as the data")] = ()
 

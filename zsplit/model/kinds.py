@@ -1,4 +1,4 @@
-"""Cuts as other systems say them: the tutorial's `child:3`, PipeLearn's `pipelearn:2`, MaskSparsification's `ms:deep`."""
+"""Cuts as other systems say them: `child:3` (the tutorial), `pipelearn:2`, and `ms:deep` (MaskSparsification)."""
 
 from collections.abc import Callable, Iterator
 
@@ -69,7 +69,9 @@ def _children(model: nn.Module) -> dict[str, str]:
 def _pipelearn(model: nn.Module) -> dict[str, str]:
     """PipeLearn's `layer_num_on_client`: so many layers are on the client, 0 none, -1 all."""
     layers = PIPELEARN.get(_zoo_name(model))
-    return {} if layers is None else {str(n): place for n, place in enumerate(("output", "input", *layers, "output"), -1)}
+    return (
+        {} if layers is None else {str(n): place for n, place in enumerate(("output", "input", *layers, "output"), -1)}
+    )
 
 
 def _ms(model: nn.Module) -> dict[str, str]:

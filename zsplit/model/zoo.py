@@ -54,9 +54,7 @@ def names() -> list[str]:
     return [*OWN, *models.list_models(module=models)]
 
 
-def build(
-    name: str, num_classes: int, seed: int, input_shape: Shape, allowed: Collection[str] = ()
-) -> nn.Module:
+def build(name: str, num_classes: int, seed: int, input_shape: Shape, allowed: Collection[str] = ()) -> nn.Module:
     """Return a new model for inputs of this shape (channels, height, width), without pretrained weights.
 
     Its initial weights are those that follow `torch.manual_seed(derive(seed, "init"))`; the caller's random state
@@ -70,7 +68,9 @@ def build(
         if _is_ones_own(name):
             return own.make(name, allowed, "model.name", nn.Module, num_classes, input_shape)
         try:
-            model = OWN[name].build(num_classes, input_shape) if name in OWN else _vision(name, num_classes, input_shape)
+            model = (
+                OWN[name].build(num_classes, input_shape) if name in OWN else _vision(name, num_classes, input_shape)
+            )
         except (AssertionError, RuntimeError, ValueError) as error:
             raise ConfigError(
                 f"{name} cannot be built for inputs of {_show(input_shape)} ({first_line(error)}): "

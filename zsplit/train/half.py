@@ -19,9 +19,9 @@ class Workshop:
     """Makes halves: the whole model, built and traced once, and copies of its parts.
 
     `model` takes the place of the one that the config names; `allowed` are the modules of which it may name a function
-    (`zsplit.own`). `earliest` is the first cut that `plan.min_cut` allows, empty where it allows all. `cut` is the place where it is cut unless a plan says
-    otherwise. Raises ConfigError for a model that does not exist, PlanError for a cut that does not exist or that
-    `plan.min_cut` forbids.
+    (`zsplit.own`). `earliest` is the first cut that `plan.min_cut` allows, empty where it allows all. `cut` is the
+    place where it is cut unless a plan says otherwise. Raises ConfigError for a model that does not exist, PlanError
+    for a cut that does not exist or that `plan.min_cut` forbids.
     """
 
     def __init__(

@@ -1,7 +1,7 @@
 """The processes of the torch side, from hello to goodbye: `run_server` and `run_client`.
 
-A model or data given here takes the place of what the config names; that is how a script trains its own. `allow` are the
-modules of which the config, which comes from the broker, may name functions (`zsplit.own`).
+A model or data given here takes the place of what the config names; that is how a script trains its own. `allow` are
+the modules of which the config, which comes from the broker, may name functions (`zsplit.own`).
 """
 
 from collections.abc import Callable, Collection

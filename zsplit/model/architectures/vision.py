@@ -75,7 +75,8 @@ def _pipelearn(name: str, stem: str, num_classes: int, shape: Shape, **options: 
 def _torchvision(name: str, num_classes: int, **options: float) -> Any:
     from torchvision import models
 
-    return models.get_model(name, weights=None, num_classes=num_classes, **options)
+    zoo: Any = models  # which does not say what it exports
+    return zoo.get_model(name, weights=None, num_classes=num_classes, **options)
 
 
 def _with_channels(model: nn.Module, stem: str, channels: int) -> nn.Module:
