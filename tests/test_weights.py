@@ -62,6 +62,14 @@ def test_weights_of_half_precision_become_those_of_the_model(tmp_path: Path) -> 
     assert list(read) == list(Plain().state_dict())
 
 
+def test_a_file_from_before_batch_norm_counted_batches_will_do(tmp_path: Path) -> None:
+    state = {name: tensor for name, tensor in other(Normed()).items() if "num_batches" not in name}
+    read = read_weights(write(tmp_path / "old.pth", state), Normed().state_dict())
+    assert list(read) == list(Normed().state_dict())
+    assert read["bn1.num_batches_tracked"] == 0
+    assert float(read["bn1.running_var"][0]) == 3
+
+
 def test_the_home_folder_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     write(tmp_path / "a.pt", other(Plain()))

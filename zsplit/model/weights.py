@@ -20,10 +20,11 @@ SHOWN = 3
 def read_weights(path: Path, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the state_dict in a file, in the order and with the dtypes of `like`, which is the model's own.
 
-    The file is safetensors, or torch's (`.pt`, `.pth`), of which nothing but tensors is loaded. Raises ConfigError
-    where it cannot be read, and where names or shapes are not the model's.
+    The file is safetensors, or torch's (`.pt`, `.pth`), of which nothing but tensors is loaded. BatchNorm's counters of
+    batches, which older files lack (torchvision's among them), begin as the model's. Raises ConfigError where the file
+    cannot be read, and where names or shapes are not the model's.
     """
-    found = _read(path)
+    found = {name: own for name, own in like.items() if name.endswith("num_batches_tracked")} | _read(path)
     if refusal := _refusal(found, like):
         raise ConfigError(
             f"model.weights = {path} does not fit the model: {refusal}; name the weights of this very model, "
