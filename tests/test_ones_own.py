@@ -50,6 +50,15 @@ def test_a_run_begins_with_the_weights_of_a_file_and_cuts_a_model_of_one_s_own(
     assert all(torch.equal(tensor, weights[name]) for name, tensor in trained.items())
 
 
+def test_weights_that_the_server_cannot_read_end_a_run_that_never_began(
+    here: Callable[..., Ending], tmp_path: Path
+) -> None:
+    code, _, err = here("run", "--out", "out", *settings("broker.port=0", *QUICK, "model.weights=none.pt"))
+    assert code == 1
+    assert "model.weights = none.pt is no file on the server: put it there, or mend the path" in err.splitlines()[-1]
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.usefixtures("weights")
 def test_a_script_allows_modules_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(tmp_path)
