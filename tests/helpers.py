@@ -38,6 +38,13 @@ PROFILE = Profile(cuts=("relu", "pool"), up=(400.0, 100.0), down=(400.0, 100.0),
 
 LINK = LinkSpeed(up=1e6, down=2e6, rtt=0.01)
 
+SERVER_MODELS = [
+    {"schedule__server_model": "replica"},
+    {"schedule__server_model": "shared"},
+    {"schedule__server_model": "shared", "schedule__shared_order": "turn"},
+    {"schedule__server_model": "fused"},
+]
+
 unhurried = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 """For a machine that is busy otherwise: how long an example takes is no finding."""
 
@@ -113,10 +120,15 @@ def configs(draw: st.DrawFn, policies: tuple[str, ...] = ("round_robin", "parall
         "plan__predict": draw(st.booleans()),
         "plan__quiet": draw(st.booleans()),
     }
-    if keys["schedule__policy"] == "parallel":
-        keys["schedule__aggregate_every"] = draw(st.sampled_from([-1, 1, 2, 5]))
-    else:
-        keys["run__commit_every"] = draw(st.integers(0, 3))
+    match keys["schedule__policy"]:
+        case "parallel":
+            keys["schedule__aggregate_every"] = draw(st.sampled_from([-1, 1, 2, 5]))
+            keys |= draw(st.sampled_from(SERVER_MODELS))
+        case "round_robin":
+            keys["run__commit_every"] = draw(st.integers(0, 3))
+        case "async":
+            keys["schedule__clients_per_round"] = 0
+            keys["schedule__max_staleness"] = draw(st.integers(0, 3))
     return config_of(**keys)
 
 
@@ -269,6 +281,7 @@ def fingerprint(scheduler: Scheduler) -> tuple[object, ...]:
         (scheduler.epoch, scheduler.number, work),
         (scheduler.round, scheduler.stages, scheduler.stage, scheduler.version),
         (scheduler.contributions, scheduler.storing, scheduler.stored, scheduler.unsettled),
+        (scheduler.arrivals.contributions, scheduler.arrivals.turns, scheduler.arrivals.count, scheduler.bases),
         (scheduler.history, scheduler.test, scheduler.began),
         (scheduler.plans.situation, scheduler.plans.deciding, scheduler.plans.made),
         (scheduler.plans.current, scheduler.plans.predicted),

@@ -79,6 +79,22 @@ class Plain(nn.Module):
         return self.fc3(self.relu2(self.fc2(self.relu1(self.fc1(self.flatten(x))))))
 
 
+class Stack(nn.Module):
+    """Two halves, to be cut at `front.3`: BatchNorm and dropout in each. 1x8x8 inputs, 10 classes."""
+
+    RANDOM = ("front.3", "back.2")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.front = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(), nn.Dropout(0.2))
+        self.back = nn.Sequential(
+            nn.Conv2d(4, 3, 3, stride=2), nn.BatchNorm2d(3), nn.Dropout(0.3), nn.Flatten(), nn.Linear(27, 10)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.back(self.front(x))
+
+
 def images(count: int, seed: int = 0) -> tuple[Tensor, Tensor]:
     """Return random images (count, 1, 8, 8) and labels of 10 classes."""
     generator = torch.Generator().manual_seed(seed)

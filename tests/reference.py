@@ -40,6 +40,14 @@ parallel (one replica of the back for each client: SplitFed V1, Thapa et al. 202
 segments of `aggregate_every` steps (-1: one segment). In each, every sampled client that has steps left
 runs them, as a turn, from the common version; the results are averaged. Who has none left has no part.
 
+Rates. In epoch e, counted over the whole run (round · local_epochs + local epoch), the learning rates are multiplied by
+γ^(e // lr_step) (`step`), by γ for each milestone not after e (`multistep`), or by (1 + cos(π·e / E)) / 2 with E the
+epochs of the run (`cosine`).
+
+Excluded names (patterns) are each client's own: after a turn they stand in the version under
+`local/<client>/weights/<name>` too, and that is what the client's next turn begins with; their buffers are `local` as
+well. The plain name is averaged.
+
 Average. For each name, over those who hold it, in client order: Σ nᵢ·wᵢ in float64, divided by Σ nᵢ, cast
 once to the tensor's type; nᵢ is the number of samples that client i used in the segment (`samples`), or
 1 (`uniform`). Integers (`num_batches_tracked`) and the optimizer's `step` counts: the maximum. What one
@@ -51,9 +59,10 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from fnmatch import fnmatchcase as fnmatch
 from functools import reduce
 from hashlib import blake2b
-from math import floor
+from math import cos, floor, pi
 from typing import Any, Literal
 
 import torch
@@ -90,6 +99,11 @@ class Settings:
     weight_decay: float = 0.0
     batch_norm: Literal["deferred", "micro"] = "deferred"
     clip_norm: float = 0.0
+    lr_schedule: Literal["constant", "step", "multistep", "cosine"] = "constant"
+    lr_gamma: float = 0.1
+    lr_step: int = 1
+    lr_milestones: tuple[int, ...] = ()
+    exclude: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -172,15 +186,44 @@ class Reference:
         return list(enumerate(batch for seed in seeds for batch in permutation(count, seed).split(s.batch_size)))
 
     def turn(self, version: State, client: int, round_: int, steps: Steps) -> Turn:
-        self.model.load_state_dict(weights(version))
+        own = {name: version[key] for name in self.excluded() if (key := f"local/{client}/weights/{name}") in version}
+        self.model.load_state_dict(weights(version) | own)
         self.model.train()
         optimizer = self.optimizer(version, client)
         inputs, labels = self.data[client]
         samples, loss = 0, 0.0
         for step, batch in steps:
+            self.use_rates(optimizer, self.epoch(client, round_, step))
             mean = self.step(optimizer, inputs[batch], labels[batch], (client, round_, step))
             samples, loss = samples + len(batch), loss + mean * len(batch)
-        return Turn(clone(self.model.state_dict() | self.buffers(optimizer, client)), samples, loss)
+        state = self.model.state_dict() | self.buffers(optimizer, client)
+        state |= {f"local/{client}/weights/{name}": state[name] for name in self.excluded()}
+        return Turn(clone(state), samples, loss)
+
+    def excluded(self) -> list[str]:
+        patterns = self.settings.exclude
+        return [name for name in self.model.state_dict() if any(fnmatch(name, pattern) for pattern in patterns)]
+
+    def epoch(self, client: int, round_: int, step: int) -> int:
+        per_epoch = -(-len(self.data[client][1]) // self.settings.batch_size)
+        return round_ * self.settings.local_epochs + step // per_epoch
+
+    def use_rates(self, optimizer: Optimizer, epoch: int) -> None:
+        for group in optimizer.param_groups:
+            group.setdefault("first_lr", group["lr"])
+            group["lr"] = group["first_lr"] * self.factor(epoch)
+
+    def factor(self, epoch: int) -> float:
+        s = self.settings
+        match s.lr_schedule:
+            case "step":
+                return s.lr_gamma ** (epoch // s.lr_step)
+            case "multistep":
+                return s.lr_gamma ** len([milestone for milestone in s.lr_milestones if milestone <= epoch])
+            case "cosine":
+                return 0.5 * (1 + cos(pi * epoch / (s.rounds * s.local_epochs)))
+            case _:
+                return 1.0
 
     def step(self, optimizer: Optimizer, x: Tensor, y: Tensor, place: tuple[int, int, int]) -> float:
         """Step on one mini-batch and return its mean loss. `place` is (client, round, step)."""
@@ -198,12 +241,12 @@ class Reference:
         return mean
 
     @contextmanager
-    def deferred(self, slices: int) -> Iterator[None]:
+    def deferred(self, slices: int, model: nn.Module | None = None) -> Iterator[None]:
         """Undo what the slices do to running statistics, and move them once by all slices."""
         if slices == 1 or self.settings.batch_norm == "micro":
             yield
             return
-        norms = {m: clone(m.state_dict()) for m in self.model.modules() if isinstance(m, BATCH_NORMS)}
+        norms = {m: clone(m.state_dict()) for m in (model or self.model).modules() if isinstance(m, BATCH_NORMS)}
         inputs: dict[nn.Module, list[Tensor]] = {norm: [] for norm in norms}
         with ExitStack() as hooks:
             for norm in norms:
@@ -217,7 +260,7 @@ class Reference:
                 move(norm, inputs[norm][call::calls])
 
     @contextmanager
-    def seeded(self, *place: int) -> Iterator[None]:
+    def seeded(self, *place: int, model: nn.Module | None = None) -> Iterator[None]:
         """Seed torch before each call of a random module. `place` is client, round, step, micro-batch."""
         calls: Counter[str] = Counter()
 
@@ -231,7 +274,7 @@ class Reference:
 
         with ExitStack() as hooks:
             for name in self.random_modules:
-                module = self.model.get_submodule(name)
+                module = (model or self.model).get_submodule(name)
                 hooks.enter_context(module.register_forward_pre_hook(seed_before(name)))
             yield
 
@@ -266,7 +309,7 @@ class Reference:
 
     def key(self, client: int, buffer: str, name: str) -> str:
         own = self.settings.policy == "parallel" or name in self.front
-        local = self.settings.optimizer_state == "local" and own
+        local = own and (self.settings.optimizer_state == "local" or name in self.excluded())
         return f"local/{client}/{buffer}/{name}" if local else f"optimizer/{buffer}/{name}"
 
     @torch.no_grad()

@@ -178,7 +178,8 @@ class TestRefusedValues:
             ),
             (
                 "schedule.policy=roundrobin",
-                'schedule.policy must be "parallel" or "round_robin", not "roundrobin": the nearest is "round_robin".',
+                'schedule.policy must be "async" or "parallel" or "round_robin", not "roundrobin": '
+                'the nearest is "round_robin".',
             ),
             ("train.micro_batches=0", 'train.micro_batches must be an integer ≥ 1 or "auto", not 0.'),
             (
@@ -473,6 +474,7 @@ class TestDocs:
         assert next(each for each in keys() if each.key == "schedule.policy").choices == (
             "parallel",
             "round_robin",
+            "async",
         )
 
     def test_the_page_holds_the_table_of_the_declarations(self) -> None:

@@ -184,9 +184,8 @@ def test_what_a_peer_cannot_use_ends_a_run_that_never_began(assignments: str, he
 
 
 UNKNOWN = {
-    "data.name=digit": 'data.name must be "digits" or "mnist" or "cifar10" or "imagefolder" or "fake" or "own", '
-    'not "digit": the nearest is "digits".',
-    "schedule.policy=roundrobin": 'schedule.policy must be "parallel" or "round_robin", not "roundrobin": '
+    "data.name=digit": 'or "mnist" or "own", not "digit": the nearest is "digits".',
+    "schedule.policy=roundrobin": 'schedule.policy must be "async" or "parallel" or "round_robin", not "roundrobin": '
     'the nearest is "round_robin".',
 }
 

@@ -43,6 +43,7 @@ def test_cuts_by_kind_are_taken_and_told_by_the_name_of_the_place() -> None:
     mine = workshop(model__cut="child:3", plan__min_cut="child:1")
     assert (mine.cut, mine.earliest) == ("flatten", "block.relu_1")
     assert workshop().earliest == ""
+    assert Workshop(config_of(data__name="own"), (1, 8, 8), CPU, SmallResidual(), named="child:0").cut == "stem"
     usual = Workshop(config_of(model__name="pipelearn/vgg5", model__cut="pipelearn:3"), (1, 8, 8), CPU, None)
     assert usual.cut == "block3.relu"
 

@@ -76,7 +76,7 @@ def test_what_is_fixed_is_a_limit_and_what_is_auto_is_free() -> None:
     assert (free.cut, free.micro_batches, free.window, free.min_cut) == ("", 0, 0, "3")
 
 
-def test_an_earliest_cut_is_a_limit_by_the_name_that_the_first_server_knows_it_by() -> None:
+def test_an_earliest_cut_is_a_limit_by_the_name_that_a_peer_knows_it_by() -> None:
     config = config_of(model__cut="auto", plan__min_cut="child:1")
     peers = {("server", n): Joined("server", n, Prepared(cut="conv2", earliest=f"conv{n}")) for n in (2, 1)}
     assert Plans(config, peers).ask(Survey(config), 0, {}).situation.limits.min_cut == "conv1"

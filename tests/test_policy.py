@@ -6,14 +6,14 @@ from itertools import accumulate
 import pytest
 import torch
 from helpers import config_of, configs, unhurried
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from reference import Reference, Settings
 from torch import nn
 
 from zsplit.config import Config
 from zsplit_broker import policy
-from zsplit_broker.policy import Share, participants, picture, stages_of
+from zsplit_broker.policy import Share, hands_back_on, merges_after, participants, picture, stages_of
 
 counts = st.lists(st.integers(1, 12), min_size=4, max_size=4).map(lambda steps: dict(enumerate(steps)))
 """Steps of up to four clients."""
@@ -52,6 +52,7 @@ def test_round_robin_is_one_client_a_stage_in_order(config: Config, round_: int,
 def test_parallel_clients_begin_together_and_keep_step_until_their_data_is_used_up(
     config: Config, round_: int, steps: dict[int, int]
 ) -> None:
+    assume(not hands_back_on(config))
     stages = stages_of(config, round_, steps)
     every = config.schedule.aggregate_every
     assert [share.client for share in stages[0]] == participants(config, round_)
@@ -103,3 +104,20 @@ def test_samples_differ_from_round_to_round() -> None:
 def test_unequal_shards_drawn(every: int, drawn: list[str]) -> None:
     config = config_of(schedule__clients=2, schedule__aggregate_every=every)
     assert picture(stages_of(config, 0, {0: 5, 1: 2})).splitlines() == drawn
+
+
+def test_a_back_that_is_handed_on_goes_from_client_to_client_until_all_have_done_as_many_steps() -> None:
+    config = config_of(
+        schedule__clients=2,
+        schedule__aggregate_every=2,
+        schedule__server_model="shared",
+        schedule__shared_order="turn",
+    )
+    stages = stages_of(config, 0, {0: 5, 1: 2})
+    assert picture(stages).splitlines() == [
+        "stage 0   client 0: steps 0 to 1",
+        "stage 1   client 1: steps 0 to 1",
+        "stage 2   client 0: steps 2 to 3",
+        "stage 3   client 0: steps 4 to 4",
+    ]
+    assert [merges_after(config, stages, number) for number in range(4)] == [False, True, True, True]

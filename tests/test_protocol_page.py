@@ -18,7 +18,7 @@ PAGE = Path(__file__).parents[1] / "broker" / "README.md"
 
 CONTROL: tuple[Any, ...] = get_args(messages.ControlMessage)
 DATA: tuple[Any, ...] = get_args(messages.DataMessage)
-ARRAYS: tuple[Any, ...] = (messages.Flow, messages.Span, messages.TensorMeta)
+ARRAYS: tuple[Any, ...] = (messages.Flow, messages.Share, messages.Span, messages.TensorMeta)
 RECORDS: tuple[Any, ...] = (messages.Lease, *messages.Record.__subclasses__(), *ARRAYS)
 
 WORDS = {str: "text", int: "integer", float: "number", bytes: "bytes", bool: "truth value"}

@@ -147,7 +147,7 @@ def _measured(config: Config, apart: bool, allow: tuple[str, ...]) -> "Situation
     from zsplit.launch import share_cores
     from zsplit.plan import ClientSite, ServerSite, Situation
     from zsplit.wire.messages import Plan
-    from zsplit_broker.planning import limits_of
+    from zsplit_broker.planning import limits_of, policy_of
 
     config = config if apart else share_cores(config)
     clients = range(config.schedule.clients)
@@ -162,7 +162,7 @@ def _measured(config: Config, apart: bool, allow: tuple[str, ...]) -> "Situation
     servers = (ServerSite(0, theirs.machine(host), theirs.measure()),)
     configured = Plan(own.workshop.cut, up=config.codec.up, down=config.codec.down)
     limits = limits_of(config, configured, own.workshop.earliest)
-    return Situation(config.schedule.policy, tuple(sites), servers, limits)
+    return Situation(policy_of(config), tuple(sites), servers, limits)
 
 
 class _Here:
@@ -176,7 +176,7 @@ class _Here:
         self.config, self.role = config, role
         self.section = config.client if role == "client" else config.server
         self.data = ClientData(config, 0, open_data(config))
-        self.workshop = Workshop(config, sample_shape(config), choose_device(self.section.device), None, allow)
+        self.workshop = Workshop(config, sample_shape(config), choose_device(self.section.device), None, allowed=allow)
         self.steps = self.data.steps_per_round
         self.batch = min(config.train.batch_size, self.data.size("train"))
 

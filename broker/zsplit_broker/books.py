@@ -92,11 +92,11 @@ class Books:
             self._turns[job.server] = self._turns.get(job.server, 0) + 1
             self._since.setdefault(job.server, now)
 
-    def closed(self, job: Job, now: float, client: Tally, server: Tally) -> None:
-        """A job is done: keep what each side did in it, nothing where a side had no part."""
+    def closed(self, job: Job, now: float, client: Tally, server: Tally, round_: int) -> None:
+        """A job is done: keep what each side did in it, nothing where a side had no part. A turn is `round_`'s."""
         match job:
             case Turn():
-                self._close_turn(job, now, client, server)
+                self._close_turn(job, now, client, server, round_)
             case Merge():
                 book = self.rounds[job.round]
                 book.merges[job.server] = add([book.merges[job.server], server])
@@ -108,8 +108,8 @@ class Books:
             case Init() | Measure():
                 pass  # before the first round
 
-    def _close_turn(self, job: Turn, now: float, client: Tally, server: Tally) -> None:
-        book = self.rounds[job.round]
+    def _close_turn(self, job: Turn, now: float, client: Tally, server: Tally, round_: int) -> None:
+        book = self.rounds[round_]
         book.clients[job.client] = add([book.clients[job.client], client])
         book.backs[job.client] = add([book.backs[job.client], server])
         book.servers[job.server] = add([book.servers[job.server], server])

@@ -7,6 +7,7 @@ and the journal keeps its result, so that nothing is decided anew when a run is 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from statistics import median
+from typing import Literal
 
 from zsplit.config import Config
 from zsplit.plan import ClientSite, Limits, Machine, ServerSite, Situation, decide, evaluate, improve
@@ -45,7 +46,12 @@ def situation_of(
         ServerSite(server, machine(peers["server", server].prepared), profile)
         for server, profile in sorted(survey.servers.items())
     ]
-    return Situation(config.schedule.policy, tuple(clients), tuple(servers), limits)
+    return Situation(policy_of(config), tuple(clients), tuple(servers), limits)
+
+
+def policy_of(config: Config) -> Literal["parallel", "round_robin"]:
+    """Return whether clients train one after the other; whether they wait for each other at the end changes no step."""
+    return "round_robin" if config.schedule.policy == "round_robin" else "parallel"
 
 
 def turns_of(config: Config, steps: int) -> int:

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from zsplit.config import Config
+from zsplit.config import Config, cut_of
 from zsplit.plan import Situation
 from zsplit.wire.messages import Plan, Prepared
 from zsplit_broker import drift, planning
@@ -31,7 +31,7 @@ class Plans:
 
     def of(self, client: int) -> Plan:
         """Return what a client is told to use."""
-        return self.current.get(client) or self.configured
+        return self.current.get(client) or self.configured(client)
 
     def in_use(self) -> dict[int, Plan]:
         """Return each client's plan; none where the planner has not chosen yet."""
@@ -48,28 +48,27 @@ class Plans:
         places = dict.fromkeys(plan.cut for plan in self.in_use().values())
         return ", ".join(places) if places else "auto"
 
-    @property
-    def configured(self) -> Plan:
-        """What the config says; the cut by the name that the first server knows it by."""
-        server = self._first_server
-        cut = server.cut if server else str(self.config.model.cut)
+    def configured(self, client: int) -> Plan:
+        """Return what the config says; the cut by the name that the client knows it by, or else the first server."""
+        told = self._prepared(client)
+        cut = told.cut if told else str(cut_of(self.config, client))
         micros = self.config.train.micro_batches
         micros = micros if isinstance(micros, int) else 1
         codec = self.config.codec
         window = self.config.plan.window or micros
         return Plan(cut=cut, micro_batches=micros, window=window, up=codec.up, down=codec.down)
 
-    @property
-    def _first_server(self) -> Prepared | None:
-        servers = sorted(index for role, index in self._peers if role == "server")
-        return self._peers["server", servers[0]].prepared if servers else None
+    def _prepared(self, client: int) -> Prepared | None:
+        """Return what the client said when it joined, or else the first server; None before both."""
+        peers = sorted(peer for peer in self._peers if peer == ("client", client) or peer[0] == "server")
+        return self._peers[peers[0]].prepared if peers else None
 
     def ask(self, survey: Survey, round_: int, steps: Mapping[int, int]) -> Decide:
         """Ask for the first plan. `steps` is the number of steps of each client in a round."""
-        server = self._first_server
-        limits = planning.limits_of(self.config, self.configured, server.earliest if server else "")
+        told = self._prepared(0)
+        limits = planning.limits_of(self.config, self.configured(0), told.earliest if told else "")
         self.situation = planning.situation_of(self.config, self._peers, survey, limits, steps)
-        fixed = {} if plans_itself(self.config) else dict.fromkeys(steps, self.configured)
+        fixed = {} if plans_itself(self.config) else {client: self.configured(client) for client in steps}
         self.deciding = Decide(round_, self.situation, fixed)
         return self.deciding
 

@@ -1,7 +1,8 @@
 """Policies as data: a round is a list of stages, and a stage is the turns that may run side by side.
 
 After each stage the contributions of its turns are merged into the next version: one is joined to it
-(round-robin hands the front on), several are averaged (parallel split learning). A round can be printed:
+(round-robin hands the front on), several are averaged (parallel split learning). Where one back goes from client to
+client (`shared_order = "turn"`), a merge follows the last of them. A round can be printed:
 
     >>> print(picture(stages_of(config, 0, {0: 3, 1: 2})))
     stage 0   client 0: steps 0 to 2
@@ -10,19 +11,10 @@ After each stage the contributions of its turns are merged into the next version
 
 from collections.abc import Mapping, Sequence
 from random import Random
-from typing import NamedTuple
 
 from zsplit.config import Config
 from zsplit.seeds import derive
-
-
-class Share(NamedTuple):
-    """One client's part of a stage: its steps `first … first + steps - 1` of the round."""
-
-    client: int
-    first: int
-    steps: int
-
+from zsplit.wire.messages import Share
 
 Stage = tuple[Share, ...]
 
@@ -43,10 +35,27 @@ def stages_of(config: Config, round_: int, steps: Mapping[int, int]) -> list[Sta
         return [(Share(client, 0, steps[client]),) for client in clients]
     longest = max(steps[client] for client in clients)
     length = config.schedule.aggregate_every if config.schedule.aggregate_every > 0 else longest
-    return [
+    segments = [
         tuple(Share(client, first, min(length, steps[client] - first)) for client in clients if steps[client] > first)
         for first in range(0, longest, length)
     ]
+    return [(share,) for segment in segments for share in segment] if hands_back_on(config) else segments
+
+
+def hands_back_on(config: Config) -> bool:
+    """Whether the one back of all clients goes from turn to turn between two merges."""
+    return config.schedule.server_model == "shared" and config.schedule.shared_order == "turn"
+
+
+def shares_back(config: Config) -> bool:
+    """Whether the turns of a stage train one back together."""
+    return config.schedule.server_model != "replica" and not hands_back_on(config)
+
+
+def merges_after(config: Config, stages: Sequence[Stage], number: int) -> bool:
+    """Whether a merge follows a stage: always, except between turns that hand their back on."""
+    last = number + 1 == len(stages)
+    return last or not hands_back_on(config) or stages[number + 1][0].first != stages[number][0].first
 
 
 def picture(stages: Sequence[Stage]) -> str:

@@ -16,7 +16,6 @@ from zsplit.wire.messages import (
     Kind,
     Lease,
     Measure,
-    Merge,
     Pull,
     Ref,
     Step,
@@ -25,7 +24,7 @@ from zsplit.wire.messages import (
 )
 from zsplit_broker.scheduler import Scheduler
 from zsplit_broker.session import Session
-from zsplit_broker.work import Peer, client_of
+from zsplit_broker.work import Peer, client_of, refs_of
 
 BROKER = b""
 """Stands for the broker itself among the destinations of a data message."""
@@ -236,17 +235,6 @@ class Relay:
         """Drop what was found out and counted for a lease that is over."""
         self.traffic.pop(lease, None)
         self._lanes.clear()
-
-
-def refs_of(job: Job) -> list[Ref]:
-    """Return the states that a job may pull."""
-    match job:
-        case Turn(base=base) | Evaluate(base=base):
-            return [base]
-        case Merge(base=base, inputs=inputs):
-            return [base, *(ref for c in inputs for ref in (c.front, c.back))]
-        case _:
-            return []
 
 
 def peer_of(name: str) -> Peer:

@@ -7,19 +7,36 @@
 
 Storing, evaluating and planning anew run beside each other, and hold up the next round. Under `round_robin` only
 planning does: a round is stored and evaluated beside the turns of the next one, and recorded once both are done.
+Under `async` a round is as many results as there are clients: turns and merges go on beside each other, and beside the
+evaluation of the round before.
 Nothing here depends on anything but the config and the events so far: replaying a journal gives the same scheduler,
 lease for lease.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator, Mapping
 from typing import Literal
 
 import msgspec
 
 from zsplit.config import Config
 from zsplit.errors import StorageError
-from zsplit.wire.messages import Contribution, Evaluate, Init, Job, Lease, Measure, Merge, Plan, Ref, Tally, Turn
+from zsplit.wire.messages import (
+    Contribution,
+    Evaluate,
+    Group,
+    Init,
+    Job,
+    Lease,
+    Measure,
+    Merge,
+    Plan,
+    Ref,
+    Share,
+    Tally,
+    Turn,
+)
 from zsplit_broker.archive import Archive
+from zsplit_broker.arrivals import Arrivals
 from zsplit_broker.books import Books, RoundRecord
 from zsplit_broker.events import (
     Announce,
@@ -42,9 +59,9 @@ from zsplit_broker.events import (
     Stored,
 )
 from zsplit_broker.plans import Plans
-from zsplit_broker.policy import Stage, participants, stages_of
+from zsplit_broker.policy import Stage, merges_after, participants, shares_back, stages_of
 from zsplit_broker.survey import Survey, measures
-from zsplit_broker.work import Peer, Work, client_of
+from zsplit_broker.work import Peer, Work, client_of, refs_in, refs_of
 
 Phase = Literal[
     "waiting",
@@ -77,6 +94,8 @@ class Scheduler:
         self.stage = 0
         self.version: Ref | None = None
         self.contributions: dict[int, Contribution] = {}
+        self.arrivals = Arrivals(config.schedule)
+        self.bases: dict[Lease, int] = {}
         self.archive = Archive()
         self.unsettled: dict[int, Ref] = {}
         self.books = Books()
@@ -100,8 +119,9 @@ class Scheduler:
     def kept(self, peer: Peer) -> list[str]:
         """Return the digests that a peer must keep: contributions, the current version, those not done with."""
         name = f"{peer[0]}.{peer[1]}"
-        refs = [ref for c in self.contributions.values() for ref in (c.front, c.back)]
+        refs = [ref for c in (*self.contributions.values(), *self.arrivals.contributions) for ref in refs_in(c)]
         refs += [*self.storing.values(), *self.unsettled.values()]
+        refs += [ref for work in self.work.values() if isinstance(work.job, Turn) for ref in refs_of(work.job)]
         if self.version is not None:
             refs.append(self.version)
         return list(dict.fromkeys(ref.digest for ref in refs if ref.holder == name))
@@ -139,10 +159,30 @@ class Scheduler:
         """The time since everybody had joined, up to the last event."""
         return self.now - self.began if self.began is not None else 0.0
 
+    def epoch_steps(self, client: int) -> int:
+        """Return how many steps a client has in a local epoch, the short last batch kept."""
+        return -(-self.peers["client", client].prepared.train // self.config.train.batch_size)
+
     def steps(self, client: int) -> int:
-        """Return how many steps a client has in a round: every local epoch, the short last batch kept."""
-        samples = self.peers["client", client].prepared.train
-        return self.config.train.local_epochs * -(-samples // self.config.train.batch_size)
+        """Return how many steps a client has in a round: every local epoch."""
+        return self.config.train.local_epochs * self.epoch_steps(client)
+
+    @property
+    def is_async(self) -> bool:
+        """Whether clients do not wait for each other."""
+        return self.config.schedule.policy == "async"
+
+    @property
+    def stalled(self) -> bool:
+        """Whether validation has not become better for so long that training ends (early stopping)."""
+        patience = self.config.run.patience
+        scores = [r.validation.top1 / r.validation.samples for r in self.history if r.validation.samples]
+        return patience > 0 and len(scores) > patience and max(scores[-patience:]) <= max(scores[:-patience])
+
+    @property
+    def trained(self) -> bool:
+        """Whether no further round begins."""
+        return self.round == self.config.run.rounds or self.stalled
 
     def ended(self, why: str) -> str:
         """Say why a run ends now, and what it leaves behind."""
@@ -226,7 +266,9 @@ class Scheduler:
     def _go_on(self) -> Iterator[Instruction]:
         """Something is over: settle the rounds that waited for it, and go on where nothing else is open."""
         yield from self._settle()
-        if all(work.beside for work in self.work.values()):
+        if self.is_async and self.phase == "training":
+            yield from self._mix()
+        elif all(work.beside for work in self.work.values()):
             yield from self._advance()
 
     # From phase to phase: called when no lease is open that others wait for
@@ -264,8 +306,11 @@ class Scheduler:
                 yield from self._start_round()
             case "initialising" if not self.storing:
                 yield self._store()
-            case "training":
+            case "training" if merges_after(self.config, self.stages, self.stage):
                 yield from self._merge()
+            case "training":
+                self.stage += 1
+                yield from self._train()
             case "merging" if self.stage + 1 < len(self.stages):
                 self.stage += 1
                 if self.config.run.commit_every and self.stage % self.config.run.commit_every == 0:
@@ -275,7 +320,7 @@ class Scheduler:
                 yield from self._end_round()
             case "validating" if self._may_begin():
                 yield from self._start_round()
-            case "validating" if self.round == self.config.run.rounds and not self.unsettled:
+            case "validating" if self.trained and not self.unsettled:
                 yield from self._test()
             case "testing":
                 yield from self._finish(True, "the run is finished")
@@ -285,11 +330,15 @@ class Scheduler:
     def _may_begin(self) -> bool:
         """Whether the next round can begin: under round-robin, with the one before still being evaluated."""
         beside = 1 if self.config.schedule.policy == "round_robin" else 0
-        return self.round < self.config.run.rounds and self.plans.deciding is None and len(self.unsettled) <= beside
+        return not self.trained and self.plans.deciding is None and len(self.unsettled) <= beside
 
     def _start_round(self) -> Iterator[Instruction]:
         self.books.begin(self.round, self.now)
         self.plans.use(self.round)
+        if self.is_async:
+            self.phase = "training"
+            yield from self._mix()
+            return
         clients = participants(self.config, self.round)
         self.stages = stages_of(self.config, self.round, {c: self.steps(c) for c in clients})
         self.stage = 0
@@ -297,29 +346,85 @@ class Scheduler:
 
     def _train(self) -> Iterator[Instruction]:
         self.phase = "training"
-        for share in self.stages[self.stage]:
-            server = self._least_loaded()
-            threads = self._threads("client", share.client), self._threads("server", server)
-            yield self._open(
-                Turn(
-                    lease=self._lease(),
-                    client=share.client,
-                    server=server,
-                    base=self._base(),
-                    plan=self.plan_of(share.client),
-                    round=self.round,
-                    first=share.first,
-                    count=share.steps,
-                    threads=threads,
-                )
-            )
+        stage = self.stages[self.stage]
+        group = Group(number=self.number + 1, shares=stage) if shares_back(self.config) else None
+        together = self._least_loaded()
+        for share in stage:
+            server = self._least_loaded() if group is None else together
+            yield self._open(self._turn(share, server, self.round, group))
+
+    def _turn(self, share: Share, server: int, round_: int, group: Group | None = None) -> Turn:
+        backs = [c.back for c in self.contributions.values() if c.back is not None]
+        return Turn(
+            lease=self._lease(),
+            client=share.client,
+            server=server,
+            base=self._base(),
+            plan=self.plan_of(share.client),
+            round=round_,
+            first=share.first,
+            count=share.steps,
+            threads=(self._threads("client", share.client), self._threads("server", server)),
+            epoch_steps=self.epoch_steps(share.client),
+            back=backs[-1] if backs and group is None and not self.is_async else None,
+            group=group,
+        )
 
     def _merge(self) -> Iterator[Instruction]:
         self.phase = "merging"
         inputs = tuple(self.contributions[client] for client in sorted(self.contributions))
-        holder = int(inputs[0].back.holder.removeprefix("server."))
+        yield self._open(self._merger(inputs))
+
+    def _merger(self, inputs: tuple[Contribution, ...], share: float = 1.0) -> Merge:
+        back = next(c.back for c in inputs if c.back is not None)
+        server = int(back.holder.removeprefix("server."))
         lease = self._lease()
-        yield self._open(Merge(lease=lease, server=holder, base=self._base(), round=self.round, inputs=inputs))
+        return Merge(lease=lease, server=server, base=self._base(), round=self.round, inputs=inputs, share=share)
+
+    def _mix(self) -> Iterator[Instruction]:
+        """Under `async`: mix in what came, one result after the other, and let who is free begin again."""
+        yield from self._end_arrivals()
+        merging = any(isinstance(work.job, Merge) for work in self.work.values())
+        while self.phase == "training" and not merging and self.arrivals.next is not None:
+            contribution, share = self.arrivals.next
+            if share:
+                yield self._open(self._merger((contribution,), share))
+                merging = True
+            else:
+                self.arrivals.discard()
+                yield from self._end_arrivals()
+        if self.phase == "training" and len(self.unsettled) <= 1:
+            yield from self._begin_turns()
+
+    def _begin_turns(self) -> Iterator[Instruction]:
+        busy = {client_of(work.job) for work in self.work.values() if isinstance(work.job, Turn)}
+        for client in range(self.config.schedule.clients):
+            begun = self.arrivals.turns.get(client, -1) + 1
+            if client not in busy and not self.arrivals.waits(client) and begun < self.config.run.rounds:
+                share = Share(client, 0, self.steps(client))
+                turn = self._turn(share, self._least_loaded(), self.arrivals.begin(client))
+                self.bases[turn.lease] = self.arrivals.versions
+                yield self._open(turn)
+
+    def _end_arrivals(self) -> Iterator[Instruction]:
+        """End a round of results where as many came as there are clients; turns go on beside that."""
+        if self.arrivals.count < (self.round + 1) * self.config.schedule.clients:
+            return
+        ended, version = yield from self._close_round()
+        if self.trained:
+            self.phase = "validating"
+            yield from self._drop_turns()
+        else:
+            self.books.begin(self.round, self.now)
+            self.plans.use(self.round)
+        yield from self._validate(ended, version)
+
+    def _drop_turns(self) -> Iterator[Instruction]:
+        """End the turns that nobody waits for any more (early stopping)."""
+        for lease, work in list(self.work.items()):
+            if isinstance(work.job, Turn):
+                del self.work[lease]
+                yield Close(work.job)
 
     def _end_round(self) -> Iterator[Instruction]:
         """End the round's training: store the version, evaluate it where due, plan anew where something moved.
@@ -327,19 +432,28 @@ class Scheduler:
         The turn that can begin beside that comes first, so that the least loaded server is its.
         """
         self.phase = "validating"
+        ended, version = yield from self._close_round()
+        if self._may_begin():
+            yield from self._start_round()
+        yield from self._validate(ended, version)
+
+    def _close_round(self) -> Generator[Instruction, None, tuple[int, Ref]]:
+        """The round's training is over: store its version, and plan anew. Return the round's number and version."""
         ended, version = self.round, self._base()
         self.books.trained(ended, self.now)
         self.unsettled[ended] = version
         self.round += 1
         yield self._store()
-        asked = self.round < self.config.run.rounds and self.plans.reconsider(self.round, self.books.rounds[ended])
-        if asked:
-            yield asked
-        if self._may_begin():
-            yield from self._start_round()
+        if not self.trained and self.plans.deciding is None:
+            asked = self.plans.reconsider(self.round, self.books.rounds[ended])
+            if asked:
+                yield asked
+        return ended, version
+
+    def _validate(self, round_: int, version: Ref) -> Iterator[Instruction]:
         every = self.config.run.eval_every
-        if every and (ended + 1) % every == 0:
-            yield from self._evaluate("validation", ended, version)
+        if every and (round_ + 1) % every == 0:
+            yield from self._evaluate("validation", round_, version)
 
     def _settle(self) -> Iterator[Instruction]:
         """Record the rounds whose version is stored and evaluated, in order."""
@@ -385,24 +499,39 @@ class Scheduler:
     def _collect(self, work: Work) -> str:
         """Keep what a finished job leaves: measurements, a contribution, a version, figures. Return what is wrong."""
         done = work.done
-        self.books.closed(work.job, self.now, work.tally("client"), work.tally("server"))
+        self.books.closed(work.job, self.now, work.tally("client"), work.tally("server"), self.round)
         match work.job:
             case Measure(client=client):
                 return self.survey.take(work.job, done["client" if client >= 0 else "server"])
-            case Turn(client=client, server=server):
-                samples = done["client"].tally.samples
-                self.contributions[client] = Contribution(
-                    client=client,
-                    weight=float(samples) if self.config.schedule.weighting == "samples" else 1.0,
-                    front=Ref(digest=done["client"].digest, holder=f"client.{client}"),
-                    back=Ref(digest=done["server"].digest, holder=f"server.{server}"),
-                )
+            case Turn():
+                self._keep(work.job, self._contribution(work.job, done))
             case Init(server=server) | Merge(server=server):
+                if isinstance(work.job, Merge) and self.is_async:
+                    self.arrivals.mixed()
                 self.contributions = {}
                 self.version = Ref(digest=done["server"].digest, holder=f"server.{server}")
             case Evaluate():
                 pass  # it leaves figures only
         return ""
+
+    def _contribution(self, turn: Turn, done: Mapping[str, Done]) -> Contribution:
+        samples = done["client"].tally.samples
+        return Contribution(
+            client=turn.client,
+            weight=float(samples) if self.config.schedule.weighting == "samples" else 1.0,
+            front=Ref(digest=done["client"].digest, holder=f"client.{turn.client}"),
+            back=Ref(digest=done["server"].digest, holder=f"server.{turn.server}"),
+        )
+
+    def _keep(self, turn: Turn, contribution: Contribution) -> None:
+        """Keep a contribution until it is merged. Where all have one back, the latest is everybody's."""
+        if self.is_async:
+            self.arrivals.take(contribution, self.bases.pop(turn.lease))
+            return
+        if self.config.schedule.server_model != "replica":
+            fronts = self.contributions.items()
+            self.contributions = {client: msgspec.structs.replace(each, back=None) for client, each in fronts}
+        self.contributions[turn.client] = contribution
 
     def _store(self) -> Store:
         self.archive.store(self._base())
@@ -441,6 +570,9 @@ class Scheduler:
         assert (self.phase == "finished") == (self.outcome is not None)
         if self.phase in ("waiting", "finished"):
             assert not self.work, f"work is open while {self.phase}"
+        elif self.phase == "training" and self.is_async:
+            assert self.work or self.storing, "nobody works while training"
+            assert not any(self.arrivals.waits(turn.client) for turn in turns), "a client does not wait for its merge"
         elif self.phase in ("measuring", "training", "merging", "testing"):
             assert not all(work.beside for work in self.work.values()), f"nobody works while {self.phase}"
         elif self.phase == "planning":

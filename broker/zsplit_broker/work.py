@@ -1,6 +1,6 @@
 """An open lease: the job, and what is missing until it is done."""
 
-from zsplit.wire.messages import Evaluate, Job, Measure, Tally, Turn
+from zsplit.wire.messages import Contribution, Evaluate, Job, Measure, Merge, Ref, Tally, Turn
 from zsplit_broker.events import Done
 from zsplit_broker.tally import NOTHING
 
@@ -42,3 +42,21 @@ def client_of(job: Job) -> int | None:
             return client
         case _:
             return None
+
+
+def refs_in(contribution: Contribution) -> list[Ref]:
+    """Return the states that a contribution names."""
+    return [ref for ref in (contribution.front, contribution.back) if ref is not None]
+
+
+def refs_of(job: Job) -> list[Ref]:
+    """Return the states that a job may pull."""
+    match job:
+        case Turn(base=base, back=back):
+            return [base] if back is None else [base, back]
+        case Evaluate(base=base):
+            return [base]
+        case Merge(base=base, inputs=inputs):
+            return [base, *(ref for contribution in inputs for ref in refs_in(contribution))]
+        case _:
+            return []

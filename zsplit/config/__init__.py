@@ -17,6 +17,7 @@ from zsplit.config import rules
 from zsplit.config.keys import KeyDoc, checked, keys, nearest_section, table, takes_only_text
 from zsplit.config.sections import (
     SECTIONS,
+    AggregateSection,
     BrokerSection,
     ClientSection,
     CodecSection,
@@ -29,12 +30,13 @@ from zsplit.config.sections import (
     ServerSection,
     TrainSection,
 )
-from zsplit.config.shape import link_of
+from zsplit.config.shape import link_of, ranges
 from zsplit.errors import ConfigError
 
 __all__ = [
     "Config",
     "KeyDoc",
+    "cut_of",
     "differences",
     "from_json",
     "keys",
@@ -54,6 +56,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     data: DataSection = DataSection()
     train: TrainSection = TrainSection()
     schedule: ScheduleSection = ScheduleSection()
+    aggregate: AggregateSection = AggregateSection()
     codec: CodecSection = CodecSection()
     link: LinkSection = LinkSection()
     plan: PlanSection = PlanSection()
@@ -67,7 +70,13 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         contradictions = chain(
             rules.in_data(self.data),
             rules.in_training(self.train),
+            rules.in_rates(self.train),
             rules.in_schedule(self.schedule, self.run),
+            rules.in_server_model(self.schedule, self.train, self.model),
+            rules.in_async(self.schedule),
+            rules.in_client_cuts(self.model, self.schedule, self.plan, self.train),
+            rules.in_aggregation(self.aggregate, self.schedule),
+            rules.in_patience(self.run, self.data),
             rules.in_link(self.link),
             rules.in_client_links(self.link, self.schedule.clients),
             rules.in_planning(self.model, self.train, self.plan),
@@ -109,6 +118,15 @@ def from_json(data: bytes) -> Config:
             f"The config cannot be read as JSON of this version ({error}): run the same zsplit at both ends."
         ) from error
     return _build(_flat(tables))
+
+
+def cut_of(config: Config, client: int) -> str | int:
+    """Return the cut that the config names for a client: the last `[[model.client]]` table wins."""
+    cut = config.model.cut
+    for each in config.model.client:
+        if any(first <= client <= last for first, last in ranges(each.clients)):
+            cut = each.cut
+    return cut
 
 
 def differences(one: Config, other: Config) -> list[str]:
@@ -174,6 +192,8 @@ def _build(values: Mapping[str, Any]) -> Config:
         tables[section][name] = result
     if tables["train"].get("optimizer", "sgd") != "sgd":
         tables["train"].setdefault("momentum", 0.0)
+    if tables["schedule"].get("policy") == "async":
+        tables["schedule"].setdefault("optimizer_state", "reset")
     return msgspec.convert(tables, Config)
 
 

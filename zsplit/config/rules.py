@@ -5,6 +5,7 @@ from math import inf
 
 from zsplit.config.keys import as_toml
 from zsplit.config.sections import (
+    AggregateSection,
     BrokerSection,
     DataSection,
     LinkSection,
@@ -48,6 +49,26 @@ def in_data(data: DataSection) -> Iterator[str]:
             )
 
 
+def in_rates(train: TrainSection) -> Iterator[str]:
+    """Learning rates over the epochs."""
+    schedule, unset = as_toml(train.lr_schedule), TrainSection()
+    owners = {"lr_step": ("step",), "lr_milestones": ("multistep",), "lr_epochs": ("cosine",)}
+    for key, owner in (owners | {"lr_gamma": ("step", "multistep")}).items():
+        value = getattr(train, key)
+        if train.lr_schedule not in owner and value != getattr(unset, key):
+            yield (
+                f"train.{key} = {as_toml(value)} means nothing under train.lr_schedule = {schedule}: "
+                f'leave it out, or set train.lr_schedule = "{owner[0]}".'
+            )
+    if train.lr_schedule == "multistep" and not train.lr_milestones:
+        yield 'train.lr_schedule = "multistep" needs train.lr_milestones, such as [60, 120, 160].'
+    if list(train.lr_milestones) != sorted(set(train.lr_milestones)):
+        yield (
+            f"train.lr_milestones = {as_toml(train.lr_milestones)} is not in order: "
+            f"write {as_toml(sorted(set(train.lr_milestones)))}."
+        )
+
+
 def in_schedule(schedule: ScheduleSection, run: RunSection) -> Iterator[str]:
     """Policy and what belongs to one policy only."""
     policy = as_toml(schedule.policy)
@@ -73,6 +94,93 @@ def in_schedule(schedule: ScheduleSection, run: RunSection) -> Iterator[str]:
         )
 
 
+def in_server_model(schedule: ScheduleSection, train: TrainSection, model: ModelSection) -> Iterator[str]:
+    """One back for several clients."""
+    kind = as_toml(schedule.server_model)
+    if schedule.server_model == "replica":
+        if schedule.shared_order != "step":
+            yield (
+                f"schedule.shared_order = {as_toml(schedule.shared_order)} means nothing under "
+                f'schedule.server_model = {kind}: leave it out, or set schedule.server_model = "shared".'
+            )
+        return
+    if schedule.policy != "parallel":
+        yield (
+            f"schedule.server_model = {kind} means nothing under schedule.policy = {as_toml(schedule.policy)}: "
+            'leave it out, or set schedule.policy = "parallel".'
+        )
+    if model.client:
+        yield (
+            f"schedule.server_model = {kind} has one back, which cannot begin at different cuts: "
+            'leave the [[model.client]] tables out, or set schedule.server_model = "replica".'
+        )
+    if schedule.server_model == "fused" and train.clip_norm:
+        yield (
+            f"train.clip_norm = {train.clip_norm} has no meaning for one back and several fronts that step at once: "
+            'leave it out, or set schedule.server_model to "shared" or "replica".'
+        )
+
+
+def in_async(schedule: ScheduleSection) -> Iterator[str]:
+    """Clients that do not wait for each other."""
+    unset = ScheduleSection()
+    if schedule.policy != "async":
+        for key in ("mixing", "mixing_power", "max_staleness"):
+            if getattr(schedule, key) != getattr(unset, key):
+                yield (
+                    f"schedule.{key} = {getattr(schedule, key)} means nothing under schedule.policy = "
+                    f'{as_toml(schedule.policy)}: leave it out, or set schedule.policy = "async".'
+                )
+        return
+    if schedule.optimizer_state != "reset":
+        yield (
+            f"schedule.optimizer_state = {as_toml(schedule.optimizer_state)} cannot be under schedule.policy = "
+            '"async", where buffers would be those of another version: set "reset", or leave it out.'
+        )
+    if schedule.clients_per_round:
+        yield (
+            f"schedule.clients_per_round = {schedule.clients_per_round} means nothing under schedule.policy = "
+            '"async", where rounds do not begin together: leave it out.'
+        )
+
+
+def in_client_cuts(
+    model: ModelSection, schedule: ScheduleSection, plan: PlanSection, train: TrainSection
+) -> Iterator[str]:
+    """Cuts of single clients."""
+    for table in model.client:
+        where = f"The [[model.client]] table of clients = {as_toml(table.clients)}"
+        yield from _wrong_clients(where, table.clients, schedule.clients)
+        if table.cut == "auto":
+            yield f'{where} sets cut = "auto": name a place, or set model.cut = "auto" and leave the tables out.'
+    if model.client and schedule.policy == "round_robin":
+        yield (
+            '[[model.client]] tables cannot be under schedule.policy = "round_robin", where the front is handed on: '
+            'set model.cut for all, or schedule.policy = "parallel".'
+        )
+    if model.client and ("auto" in (model.cut, train.micro_batches) or plan.predict):
+        yield (
+            "[[model.client]] tables fix what the planner is to choose or to predict: leave them out, or set "
+            "model.cut and train.micro_batches to fixed values and plan.predict to false."
+        )
+
+
+def in_aggregation(aggregate: AggregateSection, schedule: ScheduleSection) -> Iterator[str]:
+    """Names that are not averaged."""
+    if aggregate.exclude and (schedule.policy != "parallel" or schedule.server_model != "replica"):
+        yield (
+            f"aggregate.exclude = {as_toml(aggregate.exclude)} needs a model of its own for each client: "
+            'leave it out, or set schedule.policy = "parallel" and schedule.server_model = "replica".'
+        )
+
+
+def in_patience(run: RunSection, data: DataSection) -> Iterator[str]:
+    """Early stopping."""
+    if run.patience and not (run.eval_every and data.val_fraction):
+        key = "run.eval_every" if not run.eval_every else "data.val_fraction"
+        yield f"run.patience = {run.patience} needs evaluations on validation data: set {key} above 0."
+
+
 def in_link(link: LinkSection) -> Iterator[str]:
     """Beats and what is counted in them."""
     if link.beat_seconds >= link.lease_seconds / 2:
@@ -93,16 +201,19 @@ def in_client_links(link: LinkSection, clients: int) -> Iterator[str]:
         yield f"link.trace = {as_toml(link.trace)} says the rates over time: {_ONE_OF_BOTH}."
     for table in link.client:
         where = f"The [[link.client]] table of clients = {as_toml(table.clients)}"
-        parts = ranges(table.clients)
         if table.trace and (table.uplink_mbps or table.downlink_mbps):
             yield f"{where} sets trace, which says the rates over time: {_ONE_OF_BOTH}."
-        if any(first > last for first, last in parts):
-            yield f"{where} has a range that ends before it begins: write the lower number first."
-        beyond = max(max(first, last if last < inf else 0) for first, last in parts)
-        if beyond >= clients:
-            yield (
-                f"{where} names client {beyond:.0f}: with schedule.clients = {clients} the last one is {clients - 1}."
-            )
+        yield from _wrong_clients(where, table.clients, clients)
+
+
+def _wrong_clients(where: str, listed: str, clients: int) -> Iterator[str]:
+    """What a list of clients cannot be in a run of so many."""
+    parts = ranges(listed)
+    if any(first > last for first, last in parts):
+        yield f"{where} has a range that ends before it begins: write the lower number first."
+    beyond = max(max(first, last if last < inf else 0) for first, last in parts)
+    if beyond >= clients:
+        yield f"{where} names client {beyond:.0f}: with schedule.clients = {clients} the last one is {clients - 1}."
 
 
 _ONE_OF_BOTH = "leave it out, or uplink_mbps and downlink_mbps"

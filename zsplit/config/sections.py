@@ -11,10 +11,12 @@ from msgspec import Meta
 Dataset = Literal["digits", "mnist", "cifar10", "imagefolder", "fake", "own"]
 Partition = Literal["iid"]
 Optimizer = Literal["sgd", "adam", "adamw"]
-Policy = Literal["parallel", "round_robin"]
+Policy = Literal["parallel", "round_robin", "async"]
 Weighting = Literal["samples", "uniform"]
 OptimizerState = Literal["carry", "reset", "local"]
-ServerModel = Literal["replica"]
+ServerModel = Literal["replica", "shared", "fused"]
+SharedOrder = Literal["step", "turn"]
+Rates = Literal["constant", "step", "multistep", "cosine"]
 Codec = Literal["raw"]
 BatchNorm = Literal["deferred", "micro"]
 Auto = Literal["auto"]
@@ -23,6 +25,7 @@ Count = Annotated[int, Meta(ge=1)]
 CountOr0 = Annotated[int, Meta(ge=0)]
 PortOr0 = Annotated[int, Meta(ge=0, le=65535)]
 Fraction = Annotated[float, Meta(ge=0, lt=1)]
+Share = Annotated[float, Meta(gt=0, le=1)]
 Size = Annotated[float, Meta(ge=0)]
 Seconds = Annotated[float, Meta(gt=0)]
 # The title is what the error sentence and the docs say in place of the pattern.
@@ -52,8 +55,18 @@ class RunSection(Section, frozen=True):
     out: Annotated[str, _is("the run's folder; empty: `runs/NAME-N` with the first N that is free")] = ""
     eval_every: Annotated[CountOr0, _is("rounds between evaluations; 0: only at the end")] = 1
     commit_every: Annotated[CountOr0, _is("turns between versions within a round (round-robin); 0: none")] = 0
+    patience: Annotated[
+        CountOr0, _is("evaluated rounds without a better validation accuracy after which the run ends; 0: never")
+    ] = 0
     deterministic: Annotated[bool, _is("every peer uses torch's deterministic algorithms only")] = False
     timeline: Annotated[bool, _is("write `timeline.json`: where each second of every peer went")] = False
+
+
+class ClientModel(Section, frozen=True):
+    """Where the model of some clients is cut, in place of what [model] says."""
+
+    clients: Annotated[ClientList, _is("which clients: `0`, `1-3`, `0,4-6` or `*`")]
+    cut: str | CountOr0
 
 
 class ModelSection(Section, frozen=True):
@@ -72,6 +85,9 @@ class ModelSection(Section, frozen=True):
         _is("a name, index or alias from `zsplit cuts`; `auto`: the planner's choice; empty: the model's own"),
     ] = ""
     input: Annotated[tuple[Count, ...], _is("shape of a sample, channels first; empty: as the data")] = ()
+    client: Annotated[
+        tuple[ClientModel, ...], _is("cuts of single clients, each a `[[model.client]]` table (parallel, async)")
+    ] = ()
 
 
 class DataSection(Section, frozen=True):
@@ -94,6 +110,13 @@ class TrainSection(Section, frozen=True):
     lr: Annotated[Size, _is("learning rate")] = 0.05
     client_lr: Annotated[Size | None, _is("learning rate of the front; unset: `train.lr`")] = None
     server_lr: Annotated[Size | None, _is("learning rate of the back; unset: `train.lr`")] = None
+    lr_schedule: Annotated[Rates, _is("how the learning rates change from epoch to epoch")] = "constant"
+    lr_step: Annotated[Count, _is("epochs after which the rates are multiplied by `train.lr_gamma` (`step`)")] = 30
+    lr_milestones: Annotated[
+        tuple[Count, ...], _is("epochs at which the rates are multiplied by `train.lr_gamma` (`multistep`)")
+    ] = ()
+    lr_gamma: Annotated[Share, _is("what the rates are multiplied by (`step`, `multistep`)")] = 0.1
+    lr_epochs: Annotated[CountOr0, _is("epochs in which the rates fall to 0 (`cosine`); 0: those of the whole run")] = 0
     momentum: Annotated[Fraction, _is("momentum of `sgd`; under another optimizer it is 0 when unset")] = 0.9
     weight_decay: Annotated[Size, _is("L2 penalty (`sgd`, `adam`) or decoupled decay (`adamw`)")] = 0.0
     nesterov: Annotated[bool, _is("Nesterov's momentum (`sgd`)")] = False
@@ -120,7 +143,9 @@ class TrainSection(Section, frozen=True):
 class ScheduleSection(Section, frozen=True):
     """Who trains when, and how the results are joined."""
 
-    policy: Annotated[Policy, _is("clients train at once and are averaged, or in turn")] = "parallel"
+    policy: Annotated[
+        Policy, _is("clients train at once and are averaged, in turn, or each at its own pace (`async`)")
+    ] = "parallel"
     clients: Annotated[Count, _is("number of clients; their indexes start at 0")] = 4
     clients_per_round: Annotated[CountOr0, _is("clients drawn for each round; 0: all")] = 0
     aggregate_every: Annotated[
@@ -130,7 +155,30 @@ class ScheduleSection(Section, frozen=True):
     optimizer_state: Annotated[
         OptimizerState, _is("optimizer buffers are handed on and averaged, made anew, or kept by each peer")
     ] = "carry"
-    server_model: Annotated[ServerModel, _is("`replica`: one back for each client (parallel)")] = "replica"
+    server_model: Annotated[
+        ServerModel,
+        _is(
+            "`replica`: one back for each client; `shared`: one, stepped by each; `fused`: one, stepped by all at once"
+        ),
+    ] = "replica"
+    shared_order: Annotated[
+        SharedOrder, _is("`shared`: clients take turns step by step, shuffled, or one client's steps after another's")
+    ] = "step"
+    mixing: Annotated[Share, _is("share of a client's result in the next version, if it is not stale (async)")] = 0.6
+    mixing_power: Annotated[
+        Size, _is("that share is multiplied by (staleness + 1) to the power of minus this (async)")
+    ] = 0.5
+    max_staleness: Annotated[
+        CountOr0, _is("versions that may have come since a client's base; what is older is discarded (async)")
+    ] = 16
+
+
+class AggregateSection(Section, frozen=True):
+    """What is averaged."""
+
+    exclude: Annotated[
+        tuple[str, ...], _is("names, or patterns such as `*bn*`, that each client keeps for itself (FedBN)")
+    ] = ()
 
 
 class CodecSection(Section, frozen=True):
@@ -209,6 +257,7 @@ SECTIONS: dict[str, type[Section]] = {
     "data": DataSection,
     "train": TrainSection,
     "schedule": ScheduleSection,
+    "aggregate": AggregateSection,
     "codec": CodecSection,
     "link": LinkSection,
     "plan": PlanSection,

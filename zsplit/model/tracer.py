@@ -30,7 +30,8 @@ class PathTracer(fx.Tracer):
 
     def __init__(self, root: nn.Module) -> None:
         ops = sys.modules.get("torchvision.ops")
-        super().__init__(autowrap_modules=(math,) if ops is None else (math, ops))
+        known: Any = (math,) if ops is None else (math, ops)  # some versions of torch say that it may be one only
+        super().__init__(autowrap_modules=known)
         self.names: dict[fx.Node, str] = {}
         self._taken: set[str] = set()
         self._paths = {path for path, _ in root.named_modules()}

@@ -22,11 +22,26 @@ class Part(NamedTuple):
     tensors: Mapping[str, Tensor]
 
 
-def merge(base: Mapping[str, Tensor], parts: Sequence[Part]) -> Tensors:
+def merge(base: Mapping[str, Tensor], parts: Sequence[Part], share: float = 1.0) -> Tensors:
     """Return the next version. What peers keep for themselves is not averaged, and outlives rounds without them.
 
-    A name that only some contributions have is averaged over those.
+    A name that only some contributions have is averaged over those. With a `share` below 1 the rest is the base's
+    (FedAsync, Xie et al. 2019, algorithm 1).
     """
+    merged = _merged(base, parts)
+    return merged if share == 1.0 else {name: _mixed(base.get(name), tensor, share) for name, tensor in merged.items()}
+
+
+def _mixed(base: Tensor | None, tensor: Tensor, share: float) -> Tensor:
+    """Return (1 − share)·base + share·tensor, in float64 and cast once; integers become their maximum."""
+    if base is None:
+        return tensor
+    if not tensor.is_floating_point():
+        return torch.maximum(base, tensor)
+    return (base.double() * (1 - share) + tensor.double() * share).to(tensor.dtype)
+
+
+def _merged(base: Mapping[str, Tensor], parts: Sequence[Part]) -> Tensors:
     merged: Tensors = {name: tensor for name, tensor in base.items() if name.startswith(LOCAL)}
     for name in dict.fromkeys(name for part in parts for name in part.tensors):
         having = [(part.weight, part.tensors[name]) for part in parts if name in part.tensors]

@@ -54,7 +54,8 @@ class Client:
 
     def _serve(self) -> str:
         sizes = self.data.size("train"), self.data.size("validation"), self.data.size("test")
-        self.link.prepared(describe(self.workshop.device, self.workshop.cut, *sizes))
+        earliest = self.workshop.earliest
+        self.link.prepared(describe(self.workshop.device, self.workshop.cut, *sizes, earliest=earliest))
         while self.orders.finish is None:
             job = self._next_job()
             if job is None:

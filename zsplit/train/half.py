@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Collection, Mapping
 from copy import deepcopy
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 import torch
@@ -11,17 +12,18 @@ from zsplit.config import Config
 from zsplit.errors import PlanError, RemoteProtocolError
 from zsplit.model import CutPoint, DeferredBatchNorm, Part, Traced, trace, zoo
 from zsplit.model.weights import read_weights
-from zsplit.train.state import State, Tensors, load_optimizer, optimizer_buffers, weights_of
-from zsplit.wire.manifest import LOCAL, OPTIMIZER
+from zsplit.train.rates import factor
+from zsplit.train.state import State, Tensors, load_optimizer, local_prefix, optimizer_buffers, weights_of
+from zsplit.wire.manifest import LOCAL, OPTIMIZER, WEIGHTS
 
 
 class Workshop:
     """Makes halves: the whole model, built and traced once, and copies of its parts.
 
-    `model` takes the place of the one that the config names; `allowed` are the modules of which it may name a function
-    (`zsplit.own`). `earliest` is the first cut that `plan.min_cut` allows, empty where it allows all. `cut` is the
-    place where it is cut unless a plan says otherwise. Raises ConfigError for a model that does not exist, PlanError
-    for a cut that does not exist or that `plan.min_cut` forbids.
+    `model` takes the place of the one that the config names, `named` that of `model.cut`; `allowed` are the modules of
+    which the config may name a function (`zsplit.own`). `cut` is the place where the model is cut unless a plan says
+    otherwise, `earliest` the first one that `plan.min_cut` allows, empty where it allows all. Raises ConfigError for a
+    model that does not exist, PlanError for a cut that does not exist or that `plan.min_cut` forbids.
     """
 
     def __init__(
@@ -30,9 +32,11 @@ class Workshop:
         shape: tuple[int, ...],
         device: torch.device,
         model: nn.Module | None,
+        named: str | int | None = None,
         allowed: Collection[str] = (),
     ) -> None:
         self.config = config
+        self._named = config.model.cut if named is None else named
         self.device = device
         self.model = (
             model
@@ -74,7 +78,7 @@ class Workshop:
 
         Where the planner is to choose, `plan.min_cut` moves it; where not, it has to be changed by hand.
         """
-        named, cuts = self.config.model.cut, self.traced.cuts
+        named, cuts = self._named, self.traced.cuts
         middle = cuts[len(cuts) // 2].name if cuts else ""
         point = self.traced.cut((usual or middle) if named in ("", "auto") else named)
         if named == "auto":
@@ -128,19 +132,33 @@ class Half:
         self.parameters: list[nn.Parameter] = [p for p in part.parameters() if p.requires_grad]
         self.optimizer = make_optimizer(self.parameters, config, rate) if self.parameters else None
         self._names = frozenset(part.state_dict())
+        self._excluded = frozenset(
+            name for name in self._names if any(fnmatchcase(name, each) for each in config.aggregate.exclude)
+        )
+        self._config, self._rate = config, rate
         self._carries = config.schedule.optimizer_state
-        self._prefix = OPTIMIZER
+        self._owner: int | None = None
         self.version = ""
         self._norms = DeferredBatchNorm(part)
         self._deferred = config.train.batch_norm == "deferred"
 
     def keep_for(self, client: int | None) -> None:
-        """Say which client's buffers these are where each peer keeps its own (`optimizer_state = "local"`).
+        """Say whose this half is now: what `optimizer_state = "local"` and `aggregate.exclude` keep is that client's.
 
-        None is the one back that all clients share in round-robin: its buffers are everybody's and travel.
+        None is the one back that all clients share: its buffers are everybody's and travel.
         """
-        own = client is not None and self._carries == "local"
-        self._prefix = f"{LOCAL}{client}/" if own else OPTIMIZER
+        if self._excluded and client != self._owner:
+            self.version = ""
+        self._owner = client
+
+    def _prefix(self, name: str) -> str:
+        """Return what stands before a parameter's buffers in a state."""
+        own = self._owner is not None and (self._carries == "local" or name in self._excluded)
+        return local_prefix(str(self._owner)) if own else OPTIMIZER
+
+    def _kept(self, name: str) -> str:
+        """Return under which name a client keeps an excluded tensor for itself."""
+        return f"{local_prefix(str(self._owner))}{WEIGHTS}/{name}"
 
     def needs(self, version: str, training: bool) -> Callable[[str], bool]:
         """Return which of a version's tensors, by name, this half has to `load` before it trains or evaluates.
@@ -148,12 +166,13 @@ class Half:
         Its weights are not among them where it has them already: a version is evaluated and then trained on.
         """
         has_weights = version == self.version
+        kept = {self._kept(name) for name in self._excluded}
 
         def needed(name: str) -> bool:
-            if name in self._names:
+            if name in self._names or name in kept:
                 return not has_weights
-            buffer_of = name.removeprefix(self._prefix).partition("/")[2]
-            return training and name.startswith(self._prefix) and buffer_of in self._names
+            buffer_of = name.split("/", 3 if name.startswith(LOCAL) else 2)[-1]
+            return training and buffer_of in self._names and name.startswith(self._prefix(buffer_of))
 
         return needed
 
@@ -163,7 +182,9 @@ class Half:
             missing = sorted(self._names - tensors.keys())
             if missing:
                 raise RemoteProtocolError(f"The version lacks {missing[0]}: do all peers have the same model?")
-            self.part.load_state_dict({name: tensors[name] for name in self._names})
+            weights = {name: tensors[name] for name in self._names}
+            own = {name: tensors[self._kept(name)] for name in self._excluded if self._kept(name) in tensors}
+            self.part.load_state_dict(weights | own)
             self.version = version
         if self.optimizer is not None:
             load_optimizer(self.part, self.optimizer, tensors, self._prefix)
@@ -172,9 +193,16 @@ class Half:
     def state(self) -> State:
         """Return a snapshot of weights and of those optimizer buffers that outlive the turn."""
         tensors: Tensors = weights_of(self.part)
+        tensors |= {self._kept(name): tensors[name] for name in sorted(self._excluded)}
         if self.optimizer is not None and self._carries != "reset":
             tensors |= optimizer_buffers(self.part, self.optimizer, self._prefix)
         return State.of(tensors)
+
+    def use_epoch(self, epoch: int) -> None:
+        """Use the learning rate of this epoch, counted over the whole run."""
+        if self.optimizer is not None:
+            for group in self.optimizer.param_groups:
+                group["lr"] = self._rate * factor(self._config, epoch)
 
     def begin_step(self, slices: int) -> None:
         """Say in how many slices the next mini-batch comes, before the first of them goes forward."""

@@ -19,6 +19,7 @@ from zsplit.train.half import Half, Workshop
 from zsplit.train.link import Fetched, Incoming, Link
 from zsplit.train.machine import use_threads
 from zsplit.train.profile import measure
+from zsplit.train.rates import epoch_of
 from zsplit.train.state import State, Tensors
 from zsplit.wire.manifest import LOCAL
 from zsplit.wire.messages import Evaluate, Held, Init, Lease, Measure, Merge, Step, Tally, Turn, What
@@ -86,27 +87,33 @@ class Measuring:
 
 
 class Merging:
-    """Contributions to a version. The base is asked for as well: it has what peers keep for themselves."""
+    """Contributions to a version. The base is asked for as well: it has what peers keep for themselves.
+
+    Where its weights have a share in the version, all of it.
+    """
 
     def __init__(self, link: Link, job: Merge, device: torch.device) -> None:
         self.link, self.job, self.account = link, job, Account(link.spans, device, job.lease)
-        self.refs = [job.base, *(ref for c in job.inputs for ref in (c.front, c.back))]
+        fronts_and_backs = (ref for c in job.inputs for ref in (c.front, c.back))
+        self.refs = [job.base, *(ref for ref in fronts_and_backs if ref is not None)]
         self.states: dict[str, Tensors] = {}
 
     def begin(self) -> None:
+        of_base = keeps if self.job.share == 1.0 else everything
         for ref in {ref.digest: ref for ref in self.refs}.values():
-            self.link.fetch(self.job.lease, ref, keeps if ref is self.job.base else everything)
+            self.link.fetch(self.job.lease, ref, of_base if ref is self.job.base else everything)
 
     def fetched(self, event: Fetched) -> None:
         self.states[event.ref.digest] = event.tensors
         if len(self.states) == len({ref.digest for ref in self.refs}):
             with self.account.computing("aggregate"):
-                parts = [
-                    Part(c.weight, {**self.states[c.front.digest], **self.states[c.back.digest]})
-                    for c in self.job.inputs
-                ]
-                merged = State.of(merge(self.states[self.job.base.digest], parts))
+                merged = State.of(merge(self.states[self.job.base.digest], self._parts(), self.job.share))
             finish(self.link, self.job.lease, merged, Tally(seconds=self.account.busy, busy=self.account.busy))
+
+    def _parts(self) -> list[Part]:
+        backs = [self.states[c.back.digest] if c.back is not None else {} for c in self.job.inputs]
+        fronts = [self.states[c.front.digest] for c in self.job.inputs]
+        return [Part(c.weight, f | b) for c, f, b in zip(self.job.inputs, fronts, backs, strict=True)]
 
     def incoming(self, event: Incoming) -> None:
         """No client takes part."""
@@ -117,19 +124,29 @@ class Training:
 
     def __init__(self, link: Link, job: Turn, config: Config, half: Half) -> None:
         self.link, self.job, self.config, self.half = link, job, config, half
-        self.half.keep_for(None if config.schedule.policy == "round_robin" else job.client)
+        self.half.keep_for(owner(config, job.client))
+        self.base = job.base if job.back is None else job.back
         self.account = Account(link.spans, half.device, job.lease)
         self.at = (job.first, 0)
         self.samples = 0
 
     def begin(self) -> None:
-        self.link.fetch(self.job.lease, self.job.base, self.half.needs(self.job.base.digest, training=True))
+        self.link.fetch(self.job.lease, self.base, self.half.needs(self.base.digest, training=True))
 
     def fetched(self, event: Fetched) -> None:
         with self.link.spans.span("compute", "load", -1, -1, self.job.lease):
-            self.half.load(self.job.base.digest, event.tensors)
+            self.half.load(self.base.digest, event.tensors)
             self.half.part.train()
+        self.ready()
+
+    def ready(self) -> None:
+        """Say that the back is loaded."""
         self.link.report(Held(lease=self.job.lease, state="ready"))
+
+    @property
+    def done(self) -> bool:
+        """Whether all steps are."""
+        return self.at[0] == self.job.first + self.job.count
 
     def incoming(self, event: Incoming) -> None:
         use_threads(self.job.threads[1])
@@ -143,14 +160,15 @@ class Training:
                 raise RemoteProtocolError(
                     f"Client {self.job.client} sent {type(message).__name__} of step {message.step} out of order"
                 )
-        if self.at[0] == self.job.first + self.job.count:
-            self._finish()
+        if self.done and self.job.group is None:
+            self.finish()
 
     def _micro_batch(self, message: TensorsMessage, tensors: dict[str, Tensor]) -> None:
         smashed, labels = pair(tensors, self.half.device)
         smashed.requires_grad_()
         batch, micros = whole(message, "batch"), whole(message, "micros")
         if message.micro == 0:
+            self.use_epoch(message.step)
             self.half.begin_step(micros)
         place = self.job.client, self.job.round, message.step, message.micro
         with self.account.computing("forward", *place[2:]), randomness(self.config.run.seed, *place):
@@ -162,7 +180,8 @@ class Training:
         self.samples += len(labels)
         last = message.micro == micros - 1
         clipping = last and self.config.train.clip_norm > 0
-        self._reply(message, smashed, loss, clipping)
+        gradient = smashed.grad if smashed.grad is not None else torch.zeros_like(smashed)
+        self.reply(message, gradient, loss, clipping)
         if clipping:
             self.at = (message.step, -1)
         elif last:
@@ -170,8 +189,12 @@ class Training:
         else:
             self.at = (message.step, message.micro + 1)
 
-    def _reply(self, message: TensorsMessage, smashed: Tensor, loss: Tensor, norms: bool) -> None:
-        gradient = smashed.grad if smashed.grad is not None else torch.zeros_like(smashed)
+    def use_epoch(self, step: int) -> None:
+        """Use the learning rate of the epoch that a step belongs to."""
+        self.half.use_epoch(epoch_of(self.config, self.job.round, step, self.job.epoch_steps))
+
+    def reply(self, message: TensorsMessage, gradient: Tensor, loss: Tensor, norms: bool = False) -> None:
+        """Answer a micro-batch with the gradient of its smashed data and its mean loss."""
         sent: list[tuple[What, Tensor, str]] = [("gradients", gradient, self.job.plan.down)]
         if norms:
             sent.append(("norms", self.half.gradient_norms(), "raw"))
@@ -181,20 +204,26 @@ class Training:
     def _step(self, step: int) -> None:
         with self.account.computing("step", step):
             self.half.step()
+        self.stepped(step)
+
+    def stepped(self, step: int) -> None:
+        """A step is done."""
         self.at = (step + 1, 0)
         self.link.report(Held(lease=self.job.lease, state="running", step=step + 1), at_once=False)
 
-    def _finish(self) -> None:
+    def finish(self, state: State | None = None) -> None:
+        """Report the turn with the back as it is now, or with this state of it."""
         busy, flow = self.account.busy, self.link.flow(self.job.lease)
         tally = Tally(steps=self.job.count, samples=self.samples, seconds=busy, busy=busy, flow=flow)
-        finish(self.link, self.job.lease, self.half.state(), tally)
+        finish(self.link, self.job.lease, state or self.half.state(), tally)
 
 
 class Evaluating:
     """The server's side of an evaluation: forward only; loss, top-1 and top-5 are summed over samples."""
 
-    def __init__(self, link: Link, job: Evaluate, half: Half) -> None:
+    def __init__(self, link: Link, job: Evaluate, config: Config, half: Half) -> None:
         self.link, self.job, self.half = link, job, half
+        self.half.keep_for(owner(config, job.client))
         self.account = Account(link.spans, half.device, job.lease)
 
     def begin(self) -> None:
@@ -216,6 +245,12 @@ class Evaluating:
             check_labels(event.tensors["labels"], outputs)
             scores = score(outputs, labels)
         self.link.send_tensors(self.job.lease, "eval", message.step, message.micro, 1, [], scores)
+
+
+def owner(config: Config, client: int) -> int | None:
+    """Return whose a server's back is: the client's that it was made for, None where there is one for all."""
+    own = config.schedule.policy != "round_robin" and config.schedule.server_model == "replica"
+    return client if own else None
 
 
 def finish(link: Link, lease: Lease, state: State, tally: Tally) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection
 
 from torch import nn
 
-from zsplit.config import from_json
+from zsplit.config import cut_of, from_json
 from zsplit.data import ClientData, Data, open_data, sample_shape
 from zsplit.errors import ZsplitError
 from zsplit.train.client import Client
@@ -37,7 +37,7 @@ def run_server(
         config = from_json(link.welcome.config)
         set_up(config, config.server.threads)
         place = choose_device(device or config.server.device)
-        server = Server(link, config, Workshop(config, shape or sample_shape(config), place, model, allow))
+        server = Server(link, config, Workshop(config, shape or sample_shape(config), place, model, allowed=allow))
         say(f"server {link.welcome.index} joined the run at {broker}")
         return server.serve()
 
@@ -66,7 +66,8 @@ def run_client(
         place = choose_device(device or config.client.device)
         mine = ClientData(config, link.welcome.index, data or open_data(config))
         shape = tuple(data.shape) if data else sample_shape(config)
-        client = Client(link, config, Workshop(config, shape, place, model, allow), mine)
+        workshop = Workshop(config, shape, place, model, cut_of(config, link.welcome.index), allow)
+        client = Client(link, config, workshop, mine)
         say(f"client {link.welcome.index} joined the run at {broker}")
         return client.serve()
 

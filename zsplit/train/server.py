@@ -6,6 +6,7 @@ end it.
 """
 
 import time
+from collections.abc import Iterator
 
 from zsplit.config import Config
 from zsplit.errors import RunFailedError
@@ -13,6 +14,7 @@ from zsplit.train.half import Half, Workshop
 from zsplit.train.jobs import Evaluating, Handler, Initialising, Measuring, Merging, Training
 from zsplit.train.link import Fetched, Incoming, Link
 from zsplit.train.machine import describe
+from zsplit.train.shared import Common, GroupTraining, common_of
 from zsplit.wire.messages import Evaluate, Finish, Init, Job, Lease, Measure, Merge, Orders, Step, Turn
 from zsplit.wire.messages import Tensors as TensorsMessage
 
@@ -73,25 +75,38 @@ class Server:
                 return Merging(self.link, job, self.workshop.device)
             case Measure():
                 return Measuring(self.link, job, self.config, self.workshop)
-            case Turn():
+            case Turn(group=None):
                 return Training(self.link, job, self.config, self._half(job))
+            case Turn():
+                return GroupTraining(self.link, job, self.config, self._common(job))
             case Evaluate():
-                return Evaluating(self.link, job, self._half(job))
+                return Evaluating(self.link, job, self.config, self._half(job))
+
+    def _common(self, job: Turn) -> Common:
+        """Return what the turns of a group have in common, made for the first of them."""
+        for handler in self.jobs.values():
+            if isinstance(handler, GroupTraining) and handler.job.group == job.group:
+                return handler.common
+        return common_of(self.config, job, self._half(job))
 
     def _half(self, job: Turn | Evaluate) -> Half:
         """Return a back for the job, if possible one that has its version's weights already."""
-        fitting = [
-            (half.version == job.base.digest, i) for i, (cut, half) in enumerate(self.spare) if cut == job.plan.cut
-        ]
+        base = job.back if isinstance(job, Turn) and job.back is not None else job.base
+        fitting = [(half.version == base.digest, i) for i, (cut, half) in enumerate(self.spare) if cut == job.plan.cut]
         if not fitting:
             return self.workshop.back(job.plan.cut)
         return self.spare.pop(max(fitting)[1])[1]
 
     def _drop(self, handler: Handler) -> None:
         """Keep the back of a job that is over for the next one at the same cut; no more than can be used at once."""
-        if isinstance(handler, Training | Evaluating):
+        if isinstance(handler, Training | Evaluating) and all(half is not handler.half for half in self._in_use()):
             self.spare.append((handler.job.plan.cut, handler.half))
             del self.spare[: -self.config.schedule.clients]
+
+    def _in_use(self) -> Iterator[Half]:
+        """Yield the backs of jobs that go on, and those that are kept already: turns of a group have one."""
+        yield from (half for _, half in self.spare)
+        yield from (handler.half for handler in self.jobs.values() if isinstance(handler, Training | Evaluating))
 
     def _tell(self) -> None:
         elapsed = time.monotonic() - self._told

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from zsplit.codec import DTYPES, NAMES, memory
 from zsplit.errors import RemoteProtocolError
-from zsplit.wire.manifest import LOCAL, OPTIMIZER, Entry, Manifest, digest_of
+from zsplit.wire.manifest import LOCAL, OPTIMIZER, WEIGHTS, Entry, Manifest, digest_of
 
 Tensors = dict[str, Tensor]
 
@@ -94,26 +94,29 @@ def weights_of(part: nn.Module) -> Tensors:
     return dict(part.state_dict())
 
 
-def optimizer_buffers(part: nn.Module, optimizer: Optimizer, prefix: str = OPTIMIZER) -> Tensors:
+Prefix = Callable[[str], str]
+"""What stands before the buffers of the parameter of this name."""
+
+
+def optimizer_buffers(part: nn.Module, optimizer: Optimizer, prefix: Prefix) -> Tensors:
     """Return the optimizer's buffers as `<prefix><buffer>/<parameter>`; a buffer that does not exist is absent."""
     found: Tensors = {}
     for name, parameter in part.named_parameters():
         for buffer, value in optimizer.state.get(parameter, {}).items():
             if isinstance(value, Tensor):
-                found[f"{prefix}{buffer}/{name}"] = value
+                found[f"{prefix(name)}{buffer}/{name}"] = value
     return found
 
 
-def load_optimizer(
-    part: nn.Module, optimizer: Optimizer, tensors: Mapping[str, Tensor], prefix: str = OPTIMIZER
-) -> None:
+def load_optimizer(part: nn.Module, optimizer: Optimizer, tensors: Mapping[str, Tensor], prefix: Prefix) -> None:
     """Give the optimizer copies of its buffers from a state; those that the state lacks are absent again."""
     optimizer.state.clear()
     by_parameter: dict[str, Tensors] = {}
     for name, value in tensors.items():
-        if name.startswith(prefix):
-            buffer, _, parameter = name.removeprefix(prefix).partition("/")
-            by_parameter.setdefault(parameter, {})[buffer] = value
+        if name.startswith((OPTIMIZER, LOCAL)):
+            *_, buffer, parameter = name.split("/", 3 if name.startswith(LOCAL) else 2)
+            if buffer != WEIGHTS and name == f"{prefix(parameter)}{buffer}/{parameter}":
+                by_parameter.setdefault(parameter, {})[buffer] = value
     for key, weight in part.named_parameters():
         if key in by_parameter:
             optimizer.state[weight] = {

@@ -17,6 +17,7 @@ from zsplit.model import randomness
 from zsplit.train.account import Account
 from zsplit.train.half import Half, Workshop
 from zsplit.train.link import Link
+from zsplit.train.rates import epoch_of
 from zsplit.train.schedule import order
 from zsplit.train.state import State
 from zsplit.wire.messages import Evaluate, Held, Kind, Lease, Tally, Turn, What, bucket_of
@@ -78,19 +79,21 @@ class Training:
 
     def _step(self, step: int) -> tuple[float, int]:
         """One mini-batch: one optimizer step on both sides. Return its mean loss and its samples."""
+        job = self.job
+        self.half.use_epoch(epoch_of(self.desk.config, job.round, step, job.epoch_steps))
         with self.account.computing("load", step):
             inputs, labels = self.desk.batches.train_batch(self.job.round, step)
-        micros = min(self.job.plan.micro_batches, len(labels))
+        micros = min(job.plan.micro_batches, len(labels))
         slices = list(zip(inputs.tensor_split(micros), labels.tensor_split(micros), strict=True))
         self.half.begin_step(micros)
         outputs: dict[int, Tensor] = {}
         loss = 0.0
         norms = None
-        for action, micro in order(micros, self.job.plan.window):
+        for action, micro in order(micros, job.plan.window):
             if action == "forward":
                 outputs[micro] = self._forward(step, micro, slices)
             else:
-                reply = self.desk.answer(self.job.lease, "train", step, micro)
+                reply = self.desk.answer(job.lease, "train", step, micro)
                 with self.account.computing("backward", step, micro):
                     _backward(outputs.pop(micro), reply.tensors["gradients"])
                 loss += reply.message.scalars["loss"] * (len(slices[micro][1]) / len(labels))

@@ -22,6 +22,9 @@ OPTIMIZER = "optimizer/"
 LOCAL = "local/"
 """Prefix of buffers that one peer keeps for itself: `local/<owner>/<buffer>/<parameter>`."""
 
+WEIGHTS = "weights"
+"""Stands in the place of the buffer for a weight that a client keeps for itself (`aggregate.exclude`)."""
+
 METADATA = "__metadata__"
 """The one key of a safetensors header that is not a tensor's name."""
 

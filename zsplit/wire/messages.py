@@ -61,11 +61,30 @@ class Init(Record, frozen=True, tag="init"):
     server: int
 
 
+class Share(NamedTuple):
+    """One client's part of a stage: its steps `first … first + steps - 1` of the round."""
+
+    client: int
+    first: int
+    steps: int
+
+
+class Group(Record, frozen=True):
+    """Turns that share one back at one server, each named by its client: what each of them does.
+
+    `number` is the same for all of a group and for no other under one epoch.
+    """
+
+    number: int
+    shares: tuple[Share, ...]
+
+
 class Turn(Record, frozen=True, tag="turn"):
     """A client trains with a server: everything that the turn depends on.
 
-    Steps `first … first + count - 1` of the round, counted over all `train.local_epochs`; the
-    learning-rate position is `round · local_epochs` plus the epoch within the round.
+    Steps `first … first + count - 1` of the round, counted over all `train.local_epochs` of `epoch_steps` each; the
+    learning-rate position is `round · local_epochs` plus the epoch within the round. `back`, where it is given, is what
+    the server begins with in place of its part of `base`; `group` are the turns that share its back.
     """
 
     lease: Lease
@@ -77,6 +96,9 @@ class Turn(Record, frozen=True, tag="turn"):
     first: int
     count: int
     threads: tuple[int, int] = (0, 0)
+    epoch_steps: Positive = 1
+    back: Ref | None = None
+    group: Group | None = None
 
 
 class Evaluate(Record, frozen=True, tag="evaluate"):
@@ -92,22 +114,29 @@ class Evaluate(Record, frozen=True, tag="evaluate"):
 
 
 class Contribution(Record, frozen=True):
-    """What one client's turn leaves: the state of the front and of the back, and its weight."""
+    """What one client's turn leaves: the state of the front and of the back, and its weight.
+
+    Without a back, the one that several clients share is another contribution's.
+    """
 
     client: int
     weight: float
     front: Ref
-    back: Ref
+    back: Ref | None = None
 
 
 class Merge(Record, frozen=True, tag="merge"):
-    """A server makes a version out of contributions: one is joined, several are averaged in client order."""
+    """A server makes a version out of contributions: one is joined, several are averaged in client order.
+
+    `share` is that of the result in the version; the rest is the base's.
+    """
 
     lease: Lease
     server: int
     base: Ref
     round: int
     inputs: tuple[Contribution, ...]
+    share: float = 1.0
 
 
 class Measure(Record, frozen=True, tag="measure"):
