@@ -128,17 +128,30 @@ def test_ctrl_c_stops_a_broker_that_waits_and_those_who_wait_with_it(processes: 
 
 # zsplit cuts, zsplit config
 
+NET = """
+from torch import nn
+
+
+def net(num_classes, shape):
+    return nn.Sequential(nn.Flatten(), nn.Linear(shape[-1] ** 2, 16), nn.ReLU(), nn.Linear(16, num_classes))
+"""
+
 
 def test_cuts_prints_every_place_as_json(here: Here) -> None:
     code, out, err = here("cuts", "resnet18", "--input", "3x32x32", "--json")
     places: list[dict[str, Any]] = json.loads(out)
     assert (code, err, len(places)) == (0, "", 22)
-    fields = "index name shape bytes_per_sample front_params back_params front_flops back_flops"
+    fields = "index name shape bytes_per_sample front_params back_params front_flops back_flops aliases"
     assert {" ".join(place) for place in places} == {fields}
     assert [place["index"] for place in places] == list(range(22))
     first = places[0]
     assert (first["name"], first["shape"], first["bytes_per_sample"]) == ("conv1", [64, 16, 16], 4 * 64 * 16 * 16)
     assert first["front_params"] == 64 * 3 * 7 * 7
+    assert {place["name"]: place["aliases"] for place in places if place["aliases"]} == {
+        "conv1": ["child:0"], "bn1": ["child:1"], "relu": ["child:2"], "maxpool": ["child:3"],
+        "layer1.1.relu_1": ["child:4"], "layer2.1.relu_1": ["child:5"], "layer3.1.relu_1": ["child:6"],
+        "layer4.1.relu_1": ["child:7"], "avgpool": ["child:8"],
+    }  # fmt: skip
     for what in ("params", "flops"):
         assert len({place[f"front_{what}"] + place[f"back_{what}"] for place in places}) == 1
 
@@ -150,6 +163,19 @@ def test_cuts_prints_every_place_as_a_table(here: Here) -> None:
     rows = [line.split() for line in out.splitlines()]
     assert any(row[:3] == ["index", "name", "shape"] for row in rows)
     assert [row[1] for row in rows if row and row[0].isdigit()] == ["flatten", "fc1", "relu1", "fc2", "relu2"]
+    assert [row[-1] for row in rows if row and row[0].isdigit()] == [f"child:{n}" for n in range(5)]
+
+
+def test_cuts_of_a_model_of_one_s_own_are_listed_where_its_module_is_allowed(here: Here, tmp_path: Path) -> None:
+    (tmp_path / "listed.py").write_text(NET)
+    refused = here("cuts", "listed:net", "--input", "1x8x8")
+    assert refused.code == 2
+    assert "'listed:net' would import listed, which this peer was not started with" in refused.err
+    shown = here("cuts", "listed:net", "--input", "1x8x8", "--allow", "listed", "--json")
+    assert [place["name"] for place in json.loads(shown.out)] == ["0", "1", "2"]
+    assert here("cuts", "listed:net", "--allow", "listed").err == (
+        "zsplit: listed:net does not tell the shape of its input: give it, with --input or as model.input.\n"
+    )
 
 
 def test_config_prints_every_key_with_its_default_type_and_meaning(here: Here) -> None:

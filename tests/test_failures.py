@@ -157,6 +157,8 @@ def nearly_mnist(folder: Path) -> None:
 
 WRONG = {
     "model.name=resnet19": "There is no model 'resnet19': the nearest names are resnet18",
+    "model.name=os:getcwd": "model.name = 'os:getcwd' would import os, which this peer was not started with: if you",
+    "model.cut=ms:deep": "'ms:deep' means nothing for digits/cnn: ms: is for ms/vgg19, ms/resnet18, ms/resnet34.",
     "model.cut=poll": "There is no 'poll' in Sequential: the nearest cuts are 'pool' (4), and `zsplit cuts` lists all.",
     "model.cut=8": "There is no cut 8: the cuts of Sequential go from 'conv1' (0) to 'relu3' (7)",
     "model.num_classes=7": "model.num_classes = 7 is too small, the data has 10 classes: set model.num_classes = 10.",

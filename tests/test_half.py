@@ -39,6 +39,15 @@ def test_the_config_s_cut_is_taken_by_name_and_by_index() -> None:
     assert workshop(model__cut=1).cut == cuts[1].name
 
 
+def test_cuts_by_kind_are_taken_and_told_by_the_name_of_the_place() -> None:
+    mine = workshop(model__cut="child:3", plan__min_cut="child:1")
+    assert (mine.cut, mine.earliest) == ("flatten", "block.relu_1")
+    assert workshop().earliest == ""
+    assert Workshop(config_of(data__name="own"), (1, 8, 8), CPU, SmallResidual(), named="child:0").cut == "stem"
+    usual = Workshop(config_of(model__name="pipelearn/vgg5", model__cut="pipelearn:3"), (1, 8, 8), CPU, None)
+    assert usual.cut == "block3.relu"
+
+
 def test_where_the_planner_chooses_the_cut_is_moved_behind_the_earliest() -> None:
     assert workshop(model__cut="auto", plan__min_cut="flatten").cut == "flatten"
     assert workshop(model__cut="auto", plan__min_cut=0).cut == workshop().cut

@@ -18,8 +18,10 @@ from zsplit.plan.cost import Timetable, pace
 from zsplit.wire.messages import Flow, Plan, Prepared, Tally
 from zsplit_broker.books import RoundBook
 from zsplit_broker.drift import LEAST_BYTES, LEAST_STEPS, moved, observed, rate, slowed
-from zsplit_broker.events import Decide
+from zsplit_broker.events import Decide, Joined
 from zsplit_broker.planning import answer, limits_of, machine
+from zsplit_broker.plans import Plans
+from zsplit_broker.survey import Survey
 
 STEPS = 2 * LEAST_STEPS
 
@@ -72,6 +74,12 @@ def test_what_is_fixed_is_a_limit_and_what_is_auto_is_free() -> None:
     assert (fixed.cut, fixed.micro_batches, fixed.window, fixed.min_cut) == ("conv2", 4, 2, "conv1")
     free = limits_of(config_of(model__cut="auto", train__micro_batches="auto", plan__min_cut=3), conv2())
     assert (free.cut, free.micro_batches, free.window, free.min_cut) == ("", 0, 0, "3")
+
+
+def test_an_earliest_cut_is_a_limit_by_the_name_that_a_peer_knows_it_by() -> None:
+    config = config_of(model__cut="auto", plan__min_cut="child:1")
+    peers = {("server", n): Joined("server", n, Prepared(cut="conv2", earliest=f"conv{n}")) for n in (2, 1)}
+    assert Plans(config, peers).ask(Survey(config), 0, {}).situation.limits.min_cut == "conv1"
 
 
 def test_a_peers_machine_is_what_it_said_when_it_joined() -> None:

@@ -120,7 +120,7 @@ def test_torchvisions_models_have_their_own_usual_input_and_no_usual_cut() -> No
     [
         ("resnet81", "resnet18, resnet152, resnet101"),
         ("digit/cnn", "digits/cnn"),
-        ("?", "digits/cnn, splitnn/mlp, pipelearn/vgg5"),
+        ("?", ", ".join(zoo.OWN)),
     ],
 )
 def test_an_unknown_name_is_refused_with_the_nearest_ones(name: str, nearest: str) -> None:

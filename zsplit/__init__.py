@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from zsplit.errors import ZsplitError
     from zsplit.launch import Result, run_here
     from zsplit.model import CutPoint, cut_points, split
+    from zsplit.train.peer import run_client, run_server
 
 _HOMES = {
     "Config": "zsplit.config",
@@ -22,7 +23,9 @@ _HOMES = {
     "cut_points": "zsplit.model",
     "from_datasets": "zsplit.data",
     "load_config": "zsplit.config",
+    "run_client": "zsplit.train.peer",
     "run_here": "zsplit.launch",
+    "run_server": "zsplit.train.peer",
     "split": "zsplit.model",
 }
 
@@ -35,7 +38,9 @@ __all__ = [
     "cut_points",
     "from_datasets",
     "load_config",
+    "run_client",
     "run_here",
+    "run_server",
     "split",
 ]
 

@@ -15,7 +15,11 @@ from zsplit.errors import RunFailedError, ZsplitError
 
 
 class Task(NamedTuple):
-    """What a child process is to be. `objects` are a script's model and data, `cwd` is where relative paths begin."""
+    """What a child process is to be.
+
+    `objects` are a script's model and data, `cwd` is where relative paths begin, `allowed` the modules of which the
+    config may name functions.
+    """
 
     role: str
     number: int
@@ -24,6 +28,7 @@ class Task(NamedTuple):
     objects: bytes
     cwd: Path
     log: Path
+    allowed: tuple[str, ...]
 
 
 class Peer:
@@ -83,9 +88,9 @@ def _work(task: Task) -> None:
 
     model, data = pickle.loads(task.objects)  # noqa: S301  (from our own parent)
     if task.role == "server":
-        run_server(task.address, task.device, model, data=data)
+        run_server(task.address, task.device, model, data=data, allow=task.allowed)
     else:
-        run_client(task.address, task.number, task.device, model, data)
+        run_client(task.address, task.number, task.device, model, data, allow=task.allowed)
 
 
 def _die_with_parent() -> None:

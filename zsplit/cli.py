@@ -10,20 +10,20 @@ import click
 
 from zsplit.after_cli import eval_command, export, predict
 from zsplit.config import keys, load_config
-from zsplit.errors import ConfigError, RunFailedError, ZsplitError
+from zsplit.cuts_cli import cuts
+from zsplit.errors import RunFailedError, ZsplitError
+from zsplit.options import allow_option, json_option, set_option
 from zsplit.planning_cli import plan, profile
 from zsplit.results_cli import compare, sweep
 from zsplit_broker.__main__ import broker, with_plan
 
 if TYPE_CHECKING:
     from zsplit.launch import Place, Result
-    from zsplit.model import CutPoint
     from zsplit.monitor.subscribe import View
 
 DEFAULT_BROKER = "127.0.0.1:5757"
 
 config_argument = click.argument("config", required=False, type=click.Path(path_type=Path))
-set_option = click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Set a key; repeatable.")
 broker_option = click.option(
     "--broker", "address", default=DEFAULT_BROKER, metavar="HOST:PORT", show_default=True, help="The run's broker."
 )
@@ -33,7 +33,6 @@ device_option = click.option(
 connect_option = click.option(
     "--connect-seconds", default=60.0, show_default=True, help="How long to go on trying to reach the broker."
 )
-json_option = click.option("--json", "as_json", is_flag=True, help="Answer in JSON.")
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -47,7 +46,7 @@ def cli(debug: bool) -> None:
     """
 
 
-for command in (broker, plan, profile, eval_command, predict, export, compare, sweep):
+for command in (broker, cuts, plan, profile, eval_command, predict, export, compare, sweep):
     cli.add_command(command)
 
 
@@ -58,6 +57,7 @@ for command in (broker, plan, profile, eval_command, predict, export, compare, s
 @click.option("--out", help="The run's folder; it must not exist yet.  [default: runs/NAME-N]")
 @click.option("--no-monitor", is_flag=True, help="Plain lines in the place of the live screen.")
 @device_option
+@allow_option
 @json_option
 def run(
     config: Path | None,
@@ -66,6 +66,7 @@ def run(
     out: str | None,
     no_monitor: bool,
     device: str,
+    allow: tuple[str, ...],
     as_json: bool,
 ) -> None:
     """Train on this machine: start a broker, a server and all clients of CONFIG (none: the digits demo)."""
@@ -77,6 +78,7 @@ def run(
             out,
             device=device,
             watch=_watcher(no_monitor or as_json, as_json),
+            allow=allow,
         )
     except Interrupted as stopped:
         result = stopped.result
@@ -92,11 +94,12 @@ def run(
 @broker_option
 @device_option
 @connect_option
-def server(address: str, device: str, connect_seconds: float) -> None:
+@allow_option
+def server(address: str, device: str, connect_seconds: float, allow: tuple[str, ...]) -> None:
     """Keep the back of the model and compute on it, for all clients."""
     from zsplit.train.peer import run_server
 
-    click.echo(run_server(address, device, say=say, connect_seconds=connect_seconds), err=True)
+    click.echo(run_server(address, device, say=say, connect_seconds=connect_seconds, allow=allow), err=True)
 
 
 @cli.command()
@@ -106,13 +109,13 @@ def server(address: str, device: str, connect_seconds: float) -> None:
 @broker_option
 @device_option
 @connect_option
-def client(index: int | None, address: str, device: str, connect_seconds: float) -> None:
+@allow_option
+def client(index: int | None, address: str, device: str, connect_seconds: float, allow: tuple[str, ...]) -> None:
     """Keep a share of the data and the front of the model, and train when it is its turn."""
     from zsplit.train.peer import run_client
 
-    click.echo(
-        run_client(address, -1 if index is None else index, device, say=say, connect_seconds=connect_seconds), err=True
-    )
+    number = -1 if index is None else index
+    click.echo(run_client(address, number, device, say=say, connect_seconds=connect_seconds, allow=allow), err=True)
 
 
 @cli.command()
@@ -128,26 +131,6 @@ def monitor(address: str, connect_seconds: float, no_live: bool) -> None:
     last = watch(endpoint, _view(endpoint, no_live), patience=connect_seconds)
     if last is None or last.state not in ("finished", "failed"):
         raise ZsplitError(f"The broker at {address} has fallen silent: is it still running?")
-
-
-@cli.command()
-@click.argument("model")
-@click.option("--input", "shape", metavar="CxHxW", help="Shape of a sample, e.g. 3x32x32.  [default: the model's]")
-@click.option("--num-classes", default=10, show_default=True, help="Number of outputs.")
-@json_option
-def cuts(model: str, shape: str | None, num_classes: int, as_json: bool) -> None:
-    """List every place where MODEL can be cut."""
-    import torch
-
-    from zsplit.model import cut_points
-    from zsplit.model.zoo import build, default_input
-
-    sizes = _shape(shape) if shape else default_input(model)
-    points = cut_points(build(model, num_classes, 0, sizes), torch.zeros(2, *sizes))
-    if as_json:
-        click.echo(json.dumps([_cut_fields(point) for point in points], indent=2))
-    else:
-        _print_cuts(model, sizes, points)
 
 
 @cli.command()
@@ -229,51 +212,6 @@ def _print_result(result: "Result") -> None:
         figures.append(f"The merged model is {summary['model_file']}")
     for line in figures:
         click.echo(line)
-
-
-def _shape(text: str) -> tuple[int, ...]:
-    parts = text.lower().split("x")
-    if not all(part.isdigit() and int(part) for part in parts):
-        raise ConfigError(f"{text!r} is no shape: give it as channels, height and width, such as 3x32x32.")
-    return tuple(int(part) for part in parts)
-
-
-FIELDS = ["index", "name", "shape", "bytes_per_sample", "front_params", "back_params", "front_flops", "back_flops"]
-
-
-def _cut_fields(point: "CutPoint") -> dict[str, object]:
-    return {name: getattr(point, name) for name in FIELDS}
-
-
-def _print_cuts(model: str, shape: Sequence[int], points: "Sequence[CutPoint]") -> None:
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(
-        title=f"{model}, input {'x'.join(map(str, shape))}: {len(points)} places to cut",
-        caption="FLOPs of the forward pass of one sample; a multiply-add counts as two. Exact figures: --json",
-        box=box.SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
-    )
-    for column in FIELDS:
-        text = column in ("name", "shape")
-        table.add_column(column.replace("_", " "), justify="left" if text else "right", overflow="fold")
-    for point in points:
-        counts = point.bytes_per_sample, point.front_params, point.back_params, point.front_flops, point.back_flops
-        size = "x".join(map(str, point.shape))
-        table.add_row(str(point.index), point.name, size, *(_short(count) for count in counts))
-    console = Console()
-    console.print(table, width=None if console.is_terminal else 120)
-
-
-def _short(count: int) -> str:
-    """Return a count with three digits and its prefix: 11.2 M."""
-    value, prefixes = float(count), iter(" kMGTP")
-    prefix = next(prefixes)
-    while value >= 999.5:
-        value, prefix = value / 1000, next(prefixes)
-    return f"{value:.3g} {prefix}".rstrip()
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -62,11 +62,13 @@ def run_here(
     data: "Data | None" = None,
     device: str = "",
     watch: Callable[[Place, Callable[[], bool]], object] | None = None,
+    allow: Collection[str] = (),
 ) -> Result:
     """Run to the end on this machine; return how it went.
 
-    `watch` is called once the processes have been started, with a function that says whether the run is still
-    on, and shows it until then. Ctrl-C stops everything and is raised again as `Interrupted`.
+    `allow` are the modules of which the config may name functions (`zsplit.own`). `watch` is called once the
+    processes have been started, with a function that says whether the run is still on, and shows it until then.
+    Ctrl-C stops everything and is raised again as `Interrupted`.
     Raises ZsplitError where a process cannot start.
     """
     objects = _objects(config, model, data)
@@ -74,7 +76,7 @@ def run_here(
     with _broker(config, out) as (process, place):
         peers: list[Peer] = []
         try:
-            for peer in _peers(config, place, objects, device):
+            for peer in _peers(config, place, objects, device, tuple(allow)):
                 peers.append(peer)
             if watch is not None:
                 watch(place, lambda: process.poll() is None and not any(peer.failed for peer in peers))
@@ -177,7 +179,9 @@ def _place(process: "subprocess.Popen[str]") -> Place:
     return Place(told["address"], told["events"], Path(told["out"]))
 
 
-def _peers(config: Config, place: Place, objects: dict[str, bytes], device: str) -> Iterator[Peer]:
+def _peers(
+    config: Config, place: Place, objects: dict[str, bytes], device: str, allowed: tuple[str, ...]
+) -> Iterator[Peer]:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["zsplit.train.nursery"])
     logs = place.folder / "logs"
@@ -185,7 +189,8 @@ def _peers(config: Config, place: Place, objects: dict[str, bytes], device: str)
     for role, index in [("server", 0), *(("client", i) for i in range(config.schedule.clients))]:
         name = f"{role} {index}"
         ours, theirs = context.Pipe(duplex=False)
-        task = Task(role, index, place.address, device, objects[role], Path.cwd(), logs / f"{role}-{index}.log")
+        log = logs / f"{role}-{index}.log"
+        task = Task(role, index, place.address, device, objects[role], Path.cwd(), log, allowed)
         process = context.Process(target=live, args=(task, theirs), name=f"zsplit {name}", daemon=True)
         process.start()
         theirs.close()

@@ -10,6 +10,7 @@ import msgspec
 
 from zsplit.config import Config, link_of, load_config
 from zsplit.errors import ConfigError
+from zsplit.options import allow_option, json_option, set_option
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -27,9 +28,7 @@ PLAIN = 120
 """Cells of a line where the output is no terminal."""
 
 source_argument = click.argument("source", required=False, type=click.Path(path_type=Path))
-set_option = click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Set a key; repeatable.")
 apart_option = click.option("--apart", is_flag=True, help="As if each peer had a machine like this one to itself.")
-json_option = click.option("--json", "as_json", is_flag=True, help="Answer in JSON.")
 
 
 @click.command()
@@ -41,6 +40,7 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Answer in JS
 @click.option("--clients", type=click.IntRange(min=1), metavar="N", help="What if: so many clients.")
 @click.option("--fixed", is_flag=True, help="Keep a cut and micro-batches that the config fixes; else all are ranked.")
 @apart_option
+@allow_option
 @click.option("--all", "everything", is_flag=True, help="Show all candidates, and what was excluded and why.")
 @json_option
 def plan(
@@ -52,6 +52,7 @@ def plan(
     clients: int | None,
     fixed: bool,
     apart: bool,
+    allow: tuple[str, ...],
     everything: bool,
     as_json: bool,
 ) -> None:
@@ -64,9 +65,8 @@ def plan(
     from zsplit.plan import decide, explain
     from zsplit.plan.whatif import crowded, freed, relinked
 
-    situation = relinked(
-        _situation(source, overrides, apart, uplink is None or downlink is None), uplink, downlink, rtt
-    )
+    measured = _situation(source, overrides, apart, allow, uplink is None or downlink is None)
+    situation = relinked(measured, uplink, downlink, rtt)
     situation = situation if clients is None else crowded(situation, clients)
     decision = decide(situation if fixed else freed(situation), full=True)
     if as_json:
@@ -81,9 +81,16 @@ def plan(
 @click.option("-i", "--index", type=click.IntRange(min=0), help="Which client.  [default: the first]")
 @click.option("--server", type=click.IntRange(min=0), help="A server in the place of a client.")
 @apart_option
+@allow_option
 @json_option
 def profile(
-    source: Path | None, overrides: tuple[str, ...], index: int | None, server: int | None, apart: bool, as_json: bool
+    source: Path | None,
+    overrides: tuple[str, ...],
+    index: int | None,
+    server: int | None,
+    apart: bool,
+    allow: tuple[str, ...],
+    as_json: bool,
 ) -> None:
     """Show what one peer measured: each stretch of the model at several slice sizes, and the link.
 
@@ -93,7 +100,7 @@ def profile(
 
     if index is not None and server is not None:
         raise ConfigError("A profile is one peer's: give --index or --server, not both")
-    situation = _situation(source, overrides, apart)
+    situation = _situation(source, overrides, apart, allow)
     site = _peer(situation, index, server)
     if as_json:
         _print_json(_plain(site))
@@ -111,7 +118,9 @@ def _peer(situation: "Situation", index: int | None, server: int | None) -> "Cli
     return sites[number]
 
 
-def _situation(source: Path | None, overrides: tuple[str, ...], apart: bool, linked: bool = True) -> "Situation":
+def _situation(
+    source: Path | None, overrides: tuple[str, ...], apart: bool, allow: tuple[str, ...], linked: bool = True
+) -> "Situation":
     """Return what a run's folder keeps, or what this machine measures for a config; `linked` if its links count."""
     from zsplit.plan.file import read_situation
 
@@ -127,13 +136,13 @@ def _situation(source: Path | None, overrides: tuple[str, ...], apart: bool, lin
             "are assumed where it does not; --uplink, --downlink and --rtt say otherwise.",
             err=True,
         )
-    return _measured(config, apart)
+    return _measured(config, apart, allow)
 
 
 # This machine
 
 
-def _measured(config: Config, apart: bool) -> "Situation":
+def _measured(config: Config, apart: bool, allow: tuple[str, ...]) -> "Situation":
     """Measure this machine as a client and as a server, and say what is assumed beside."""
     from zsplit.launch import share_cores
     from zsplit.plan import ClientSite, ServerSite, Situation
@@ -146,19 +155,20 @@ def _measured(config: Config, apart: bool) -> "Situation":
     click.echo(
         f"Measuring this machine for {config.model.name}, about {2 * config.plan.profile_seconds:g} s …", err=True
     )
-    own, theirs = _Here(config, "client"), _Here(config, "server")
+    own, theirs = _Here(config, "client", allow), _Here(config, "server", allow)
     host = "" if apart else "this machine"
     profile, machine = own.measure(), own.machine(host)
     sites = [ClientSite(client, machine, profile, links[client], own.steps, own.batch) for client in clients]
     servers = (ServerSite(0, theirs.machine(host), theirs.measure()),)
-    limits = limits_of(config, Plan(own.workshop.cut, up=config.codec.up, down=config.codec.down))
+    configured = Plan(own.workshop.cut, up=config.codec.up, down=config.codec.down)
+    limits = limits_of(config, configured, own.workshop.earliest)
     return Situation(policy_of(config), tuple(sites), servers, limits)
 
 
 class _Here:
     """This machine in a role, with the config's model and the first client's data."""
 
-    def __init__(self, config: Config, role: Literal["client", "server"]) -> None:
+    def __init__(self, config: Config, role: Literal["client", "server"], allow: tuple[str, ...]) -> None:
         from zsplit.data import ClientData, open_data, sample_shape
         from zsplit.train.half import Workshop
         from zsplit.train.machine import choose_device
@@ -166,7 +176,7 @@ class _Here:
         self.config, self.role = config, role
         self.section = config.client if role == "client" else config.server
         self.data = ClientData(config, 0, open_data(config))
-        self.workshop = Workshop(config, sample_shape(config), choose_device(self.section.device), None)
+        self.workshop = Workshop(config, sample_shape(config), choose_device(self.section.device), None, allowed=allow)
         self.steps = self.data.steps_per_round
         self.batch = min(config.train.batch_size, self.data.size("train"))
 

@@ -65,8 +65,11 @@ def machine(prepared: Prepared) -> Machine:
     return Machine(prepared.host, prepared.cores, prepared.threads, prepared.device)
 
 
-def limits_of(config: Config, configured: Plan) -> Limits:
-    """Return what the config fixes; `configured` is the plan that it would be without a planner."""
+def limits_of(config: Config, configured: Plan, earliest: str = "") -> Limits:
+    """Return what the config fixes; `configured` is the plan that it would be without a planner.
+
+    `earliest` is the place that `plan.min_cut` means, by a peer's word; the config's own without one.
+    """
     micros = config.train.micro_batches
     optimizer = config.train.optimizer
     slots = SLOTS[optimizer] if optimizer != "sgd" or config.train.momentum else 0
@@ -74,7 +77,7 @@ def limits_of(config: Config, configured: Plan) -> Limits:
         cut="" if config.model.cut == "auto" else configured.cut,
         micro_batches=micros if isinstance(micros, int) else 0,
         window=config.plan.window,
-        min_cut=str(config.plan.min_cut),
+        min_cut=earliest or str(config.plan.min_cut),
         client_memory_mb=config.plan.client_memory_mb,
         slots=slots,
         carried=0 if config.schedule.optimizer_state == "reset" else slots,

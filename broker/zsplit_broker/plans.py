@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 from zsplit.config import Config, cut_of
 from zsplit.plan import Situation
-from zsplit.wire.messages import Plan
+from zsplit.wire.messages import Plan, Prepared
 from zsplit_broker import drift, planning
 from zsplit_broker.books import RoundBook
 from zsplit_broker.events import Decide, Joined, Planned
@@ -50,19 +50,24 @@ class Plans:
 
     def configured(self, client: int) -> Plan:
         """Return what the config says; the cut by the name that the client knows it by, or else the first server."""
-        peers = sorted(peer for peer in self._peers if peer == ("client", client) or peer[0] == "server")
-        prepared = self._peers[peers[0]].prepared if peers else None
-        cut = prepared.cut if prepared else str(cut_of(self.config, client))
-        tail = prepared.tail if prepared else ""
+        told = self._prepared(client)
+        cut = told.cut if told else str(cut_of(self.config, client))
+        tail = told.tail if told else ""
         micros = self.config.train.micro_batches
         micros = micros if isinstance(micros, int) else 1
         codec = self.config.codec
         window = self.config.plan.window or micros
         return Plan(cut=cut, micro_batches=micros, window=window, up=codec.up, down=codec.down, tail=tail)
 
+    def _prepared(self, client: int) -> Prepared | None:
+        """Return what the client said when it joined, or else the first server; None before both."""
+        peers = sorted(peer for peer in self._peers if peer == ("client", client) or peer[0] == "server")
+        return self._peers[peers[0]].prepared if peers else None
+
     def ask(self, survey: Survey, round_: int, steps: Mapping[int, int]) -> Decide:
         """Ask for the first plan. `steps` is the number of steps of each client in a round."""
-        limits = planning.limits_of(self.config, self.configured(0))
+        told = self._prepared(0)
+        limits = planning.limits_of(self.config, self.configured(0), told.earliest if told else "")
         self.situation = planning.situation_of(self.config, self._peers, survey, limits, steps)
         fixed = {} if plans_itself(self.config) else {client: self.configured(client) for client in steps}
         self.deciding = Decide(round_, self.situation, fixed)

@@ -73,12 +73,18 @@ class ClientModel(Section, frozen=True):
 class ModelSection(Section, frozen=True):
     """The network and where it is cut."""
 
-    name: Annotated[str, _is("`digits/cnn`, or one of torchvision's classification models")] = "digits/cnn"
+    name: Annotated[
+        str, _is("one of docs/models.md, of torchvision's classification models, or `package.module:function`")
+    ] = "digits/cnn"
     num_classes: Annotated[Count, _is("number of outputs")] = 10
+    weights: Annotated[
+        str,
+        _is("file on the server (`.safetensors`, `.pt`, `.pth`) whose weights are the first version; empty: new ones"),
+    ] = ""
     cut: Annotated[
         str | CountOr0,
         _is(
-            "a name or index from `zsplit cuts`, or `input` or `output`; `auto`: the planner's choice; "
+            "a name, index or alias from `zsplit cuts`, or `input` or `output`; `auto`: the planner's choice; "
             "empty: the model's own"
         ),
     ] = ""

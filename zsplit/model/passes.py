@@ -119,6 +119,11 @@ class ForwardPass:
         node = self._by_name.get(name)
         return None if node is None else self._index[node]
 
+    def is_output(self, name: str) -> bool:
+        """Whether the node of this name makes what the model gives."""
+        node = self._by_name.get(name)
+        return node is not None and self._is_result(node)
+
     def stretch(self, takes: str | None, gives: str | None) -> Stretch:
         """Return the part between two places, or one place and an end of the model.
 

@@ -1,6 +1,7 @@
 """Where a model can be cut, what is on either side of each cut, and cutting it."""
 
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import cached_property
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from zsplit.errors import PlanError
+from zsplit.model.kinds import keys_of, resolve
 from zsplit.model.part import Part
 from zsplit.model.passes import ForwardPass, Inventory, Pair, Sample
 
@@ -69,8 +71,9 @@ class Traced:
     def cut(self, key: Cut) -> CutPoint:
         """Return the cut of this name or index (also in digits); a module's name stands for its last operation.
 
-        `input` and `output` are the ends of the model, unless a cut inside it has that name. Raises PlanError where
-        there is none, naming the nearest ones.
+        `input` and `output` are the ends of the model, unless a cut inside it has that name; `child:3`, `pipelearn:2`
+        and `ms:deep` are cuts as other systems say them (`zsplit.model.kinds`). Raises PlanError where there is none,
+        naming the nearest ones.
         """
         name = key.name if isinstance(key, CutPoint) else str(key)
         named = [cut for cut in self.cuts if cut.name == name]
@@ -78,6 +81,8 @@ class Traced:
             return named[0]
         if name in self.ends:
             return self.ends[name]
+        if ":" in name:
+            return self._end_of(resolve(self.model, name))
         if not self.cuts:
             raise PlanError(self._uncuttable(name))
         if isinstance(key, int) or name.isdecimal():
@@ -88,6 +93,14 @@ class Traced:
         if inside:
             return self.cut(inside[-1])
         raise PlanError(self._unknown(name))
+
+    def aliases(self) -> dict[str, list[str]]:
+        """Return for the names of cuts what other systems call these places (`child:3`, …), where they do."""
+        known: dict[str, list[str]] = {}
+        for key in keys_of(self.model):
+            with suppress(PlanError):
+                known.setdefault(self.cut(key).name, []).append(key)
+        return known
 
     def split(self, *cuts: Cut) -> tuple[Part, ...]:
         """Return the parts: front and back for one cut, front, middle and tail for two, the whole for none.
@@ -198,6 +211,17 @@ class Traced:
                 f"The state of {self._kind} holds {sorted(other)[0]!r}, which is neither a parameter nor a buffer "
                 "and would be lost: make it a buffer."
             )
+
+    def _end_of(self, path: str) -> CutPoint:
+        """Return the cut at the end of a module, whose name may be a number, or at an end of the model."""
+        inside = [node for node in self._training.names.values() if node == path or node.startswith(f"{path}.")]
+        last = "output" if inside and self._training.is_output(inside[-1]) else [path, *inside][-1]
+        if last in ("input", "output"):
+            return self.cut(last)
+        for cut in self.cuts:
+            if cut.name == last:
+                return cut
+        raise PlanError(self._cannot(last) if inside else self._unknown(path))
 
     def _at(self, index: int) -> CutPoint:
         if not 0 <= index < len(self.cuts):

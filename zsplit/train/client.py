@@ -55,7 +55,8 @@ class Client:
 
     def _serve(self) -> str:
         sizes = self.data.size("train"), self.data.size("validation"), self.data.size("test")
-        self.link.prepared(describe(self.workshop.device, self.workshop.cut, *sizes, tail=self.workshop.tail))
+        shop = self.workshop
+        self.link.prepared(describe(shop.device, shop.cut, *sizes, tail=shop.tail, earliest=shop.earliest))
         while self.orders.finish is None:
             job = self._next_job()
             if job is None:

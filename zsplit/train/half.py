@@ -1,8 +1,9 @@
 """One half of the cut model under training: the part, its optimizer, and its share of the run's state."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from copy import deepcopy
 from fnmatch import fnmatchcase
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from zsplit.config import Config
 from zsplit.errors import PlanError, RemoteProtocolError
 from zsplit.model import CutPoint, DeferredBatchNorm, Part, Traced, trace, zoo
+from zsplit.model.weights import read_weights
 from zsplit.train.rates import factor
 from zsplit.train.state import State, Tensors, load_optimizer, local_prefix, optimizer_buffers, weights_of
 from zsplit.wire.manifest import LOCAL, OPTIMIZER, WEIGHTS
@@ -18,10 +20,11 @@ from zsplit.wire.manifest import LOCAL, OPTIMIZER, WEIGHTS
 class Workshop:
     """Makes halves: the whole model, built and traced once, and copies of its parts.
 
-    `model` takes the place of the one that the config names, `named` that of `model.cut`. `cut` is the place where it
-    is cut unless a plan says otherwise, `tail` the one where it comes back to a client that keeps its labels. Raises
-    ConfigError for a model that does not exist, PlanError for a cut that does not exist or that `plan.min_cut` forbids,
-    and for a tail before it.
+    `model` takes the place of the one that the config names, `named` that of `model.cut`; `allowed` are the modules of
+    which the config may name a function (`zsplit.own`). `cut` is the place where the model is cut unless a plan says
+    otherwise, `tail` the one where it comes back to a client that keeps its labels, `earliest` the first one that
+    `plan.min_cut` allows, empty where it allows all. Raises ConfigError for a model that does not exist, PlanError for
+    a cut that does not exist or that `plan.min_cut` forbids, and for a tail before it.
     """
 
     def __init__(
@@ -31,6 +34,7 @@ class Workshop:
         device: torch.device,
         model: nn.Module | None,
         named: str | int | None = None,
+        allowed: Collection[str] = (),
     ) -> None:
         self.config = config
         self._named = config.model.cut if named is None else named
@@ -38,11 +42,12 @@ class Workshop:
         self.model = (
             model
             if model is not None
-            else zoo.build(config.model.name, config.model.num_classes, config.run.seed, shape)
+            else zoo.build(config.model.name, config.model.num_classes, config.run.seed, shape, allowed)
         )
         self.traced: Traced = trace(self.model, torch.zeros(2, *shape))
         self._parts: dict[tuple[str, str], tuple[Part, ...]] = {}
         self._earliest = self._find_earliest()
+        self.earliest = self._earliest.name if self._earliest else ""
         own = self._own_cut(zoo.default_cut(config.model.name) if model is None else None)
         self.cut, self.tail = own.name, self._own_tail(own)
 
@@ -140,8 +145,12 @@ class Workshop:
         return float((self.config.train.clip_norm / (total + 1e-6)).clamp(max=1.0))
 
     def initial(self) -> State:
-        """Return version 0: the model as it was built."""
-        return State.of(weights_of(self.model))
+        """Return version 0: the model as it was built, or what `model.weights` holds.
+
+        Raises ConfigError where that file cannot be read or is another model's.
+        """
+        own, path = weights_of(self.model), self.config.model.weights
+        return State.of(read_weights(Path(path).expanduser(), own) if path else own)
 
 
 class Half:

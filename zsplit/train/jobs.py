@@ -48,7 +48,7 @@ class Handler(Protocol):
 
 
 class Initialising:
-    """Version 0: the model as it was built from the seed, or as the user's script made it."""
+    """Version 0: the model as it was built from the seed or by the user's script, or the weights in a file."""
 
     def __init__(self, link: Link, job: Init, workshop: Workshop) -> None:
         self.link, self.job, self.workshop = link, job, workshop

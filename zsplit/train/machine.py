@@ -38,12 +38,19 @@ def use_threads(threads: int) -> None:
 
 
 def describe(
-    device: torch.device, cut: str, train: int = 0, validation: int = 0, test: int = 0, tail: str = ""
+    device: torch.device,
+    cut: str,
+    train: int = 0,
+    validation: int = 0,
+    test: int = 0,
+    tail: str = "",
+    earliest: str = "",
 ) -> Prepared:
     """Return what this peer tells the broker once it is ready. Sizes in samples."""
     return Prepared(
         cut=cut,
         tail=tail,
+        earliest=earliest,
         train=train,
         validation=validation,
         test=test,

@@ -1,9 +1,10 @@
 """The processes of the torch side, from hello to goodbye: `run_server` and `run_client`.
 
-A model or data given here takes the place of what the config names; that is how a script trains its own.
+A model or data given here takes the place of what the config names; that is how a script trains its own. `allow` are
+the modules of which the config, which comes from the broker, may name functions (`zsplit.own`).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 from torch import nn
 
@@ -26,6 +27,7 @@ def run_server(
     say: Callable[[str], None] = lambda _: None,
     connect_seconds: float = CONNECT_SECONDS,
     data: Data | None = None,
+    allow: Collection[str] = (),
 ) -> str:
     """Serve until the run is over; return the broker's last sentence. Raises ZsplitError where it failed.
 
@@ -40,7 +42,8 @@ def run_server(
         place = choose_device(device or config.server.device)
         known = data.shape if data else shape
         labels = LabelBook(data or _data_with_labels(config)) if config.train.labels == "server" else None
-        server = Server(link, config, Workshop(config, known or sample_shape(config), place, model), labels)
+        workshop = Workshop(config, known or sample_shape(config), place, model, allowed=allow)
+        server = Server(link, config, workshop, labels)
         say(f"server {link.welcome.index} joined the run at {broker}")
         return server.serve()
 
@@ -55,6 +58,7 @@ def run_client(
     data: Data | None = None,
     say: Callable[[str], None] = lambda _: None,
     connect_seconds: float = CONNECT_SECONDS,
+    allow: Collection[str] = (),
 ) -> str:
     """Train as client `index` (−1: the next free one) until the run is over; return the broker's last sentence.
 
@@ -72,7 +76,7 @@ def run_client(
         place = choose_device(device or config.client.device)
         mine = ClientData(config, link.welcome.index, _data_of_a_client(config, data or open_data(config)))
         shape = tuple(data.shape) if data else sample_shape(config)
-        workshop = Workshop(config, shape, place, model, cut_of(config, link.welcome.index))
+        workshop = Workshop(config, shape, place, model, cut_of(config, link.welcome.index), allow)
         client = Client(link, config, workshop, mine)
         say(f"client {link.welcome.index} joined the run at {broker}")
         return client.serve()

@@ -43,7 +43,8 @@ class Server:
 
     def serve(self) -> str:
         """Do the broker's jobs until the run is over. Raises RunFailedError where it failed."""
-        self.link.prepared(describe(self.workshop.device, self.workshop.cut, tail=self.workshop.tail))
+        shop = self.workshop
+        self.link.prepared(describe(shop.device, shop.cut, tail=shop.tail, earliest=shop.earliest))
         while True:
             event = self.link.next(TELEMETRY_SECONDS)
             began = time.monotonic()

@@ -282,7 +282,8 @@ class Span(NamedTuple):
 class Prepared(Record, frozen=True):
     """A peer is ready to be given jobs: its data or model is loaded. Sizes in samples.
 
-    `cut` is the name of the place that the config's cut means in this peer's model, `tail` that of its tail.
+    `cut` is the name of the place that the config's cut means in this peer's model, `tail` that of its tail, `earliest`
+    that of `plan.min_cut` (empty: any place).
     """
 
     cut: str = ""
@@ -296,6 +297,7 @@ class Prepared(Record, frozen=True):
     device: str = "cpu"
     host: str = ""
     cores: int = 1
+    earliest: str = ""
 
 
 class Finish(Record, frozen=True):
