@@ -150,6 +150,7 @@ def test_cuts_prints_every_place_as_a_table(here: Here) -> None:
     rows = [line.split() for line in out.splitlines()]
     assert any(row[:3] == ["index", "name", "shape"] for row in rows)
     assert [row[1] for row in rows if row and row[0].isdigit()] == ["flatten", "fc1", "relu1", "fc2", "relu2"]
+    assert "The two ends are cuts as well" in out
 
 
 def test_config_prints_every_key_with_its_default_type_and_meaning(here: Here) -> None:
