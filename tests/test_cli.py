@@ -164,6 +164,7 @@ def test_cuts_prints_every_place_as_a_table(here: Here) -> None:
     assert any(row[:3] == ["index", "name", "shape"] for row in rows)
     assert [row[1] for row in rows if row and row[0].isdigit()] == ["flatten", "fc1", "relu1", "fc2", "relu2"]
     assert [row[-1] for row in rows if row and row[0].isdigit()] == [f"child:{n}" for n in range(5)]
+    assert "The two ends are cuts as well" in out
 
 
 def test_cuts_of_a_model_of_one_s_own_are_listed_where_its_module_is_allowed(here: Here, tmp_path: Path) -> None:

@@ -1,14 +1,30 @@
 """Where the labels are: through real processes, every mode ends with the reference's weights, bit for bit."""
 
+import signal
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import torch
-from nets import Normed, SmallResidual
+from conftest import Processes, free_port, settings
+from helpers import config_of
+from nets import Normed, SmallResidual, images
 from reference import Settings
-from test_exact import SGD, assert_same, names_up_to, train_plain, train_split
+from tap import Passed, recorded
+from test_exact import BASE, SGD, assert_same, names_up_to, train_plain, train_split
+from torch import Tensor
+from torch.utils.data import Dataset, TensorDataset
+
+from zsplit import from_datasets, load_config
+from zsplit.data import ClientData, Data, gather, labels_of, without_labels
+from zsplit.data.images import Pixels, Scale
+from zsplit.errors import ConfigError, DataError, RemoteProtocolError
+from zsplit.train.labels import LabelBook
+from zsplit.train.link import Incoming
+from zsplit.train.middle import only
+from zsplit.wire.messages import Evaluate, Lease, Plan, Ref, Tensors, Turn
 
 Kinds = dict[str, dict[str, int]]
 
@@ -132,3 +148,233 @@ def ends_of(model: Any, cut: str, tail: str) -> set[str]:
     }
     tails = {"output": (), "bn2": ("fc",)}
     return names_up_to(model, *fronts[cut], *tails.get(tail, ("fc",)))
+
+
+# What the frames hold
+
+
+def traffic(processes: Processes, **keys: object) -> list[Passed]:
+    """Return the tensors that passed a broker in one round of two clients on 40 fake images, evaluations among them."""
+    config = load_config(
+        None,
+        BASE
+        | {"data.name": "fake", "data.shape": (1, 8, 8), "data.samples": 40, "data.val_fraction": 0.2}
+        | {"run.rounds": 1, "schedule.clients": 2, "train.batch_size": 8, "train.micro_batches": 2}
+        | {key.replace("__", "."): value for key, value in keys.items()},
+    )
+    passed = [each for each in recorded(config, processes) if isinstance(each.message, Tensors)]
+    kinds = {each.message.kind for each in passed if isinstance(each.message, Tensors)}
+    assert kinds == ({"train", "eval"} if config.model.cut != "output" else set())
+    return passed
+
+
+@pytest.mark.timeout(120)
+def test_no_message_carries_kept_labels_or_losses_of_samples(processes: Processes) -> None:
+    passed = traffic(processes, train__labels="keep", model__cut="relu1", model__tail="flatten", train__clip_norm=1.0)
+    allowed = {
+        0: {"smashed": 4},
+        1: {"smashed": 2},
+        2: {"gradients": 2},
+        3: {"gradients": 4, "norms": 1},
+    }
+    legs = set()
+    for message, frames in passed:
+        assert isinstance(message, Tensors)
+        legs.add((message.kind, message.leg))
+        assert message.scalars.keys() <= {"left", "batch", "micros"}
+        for meta, frame in zip(message.tensors, frames, strict=True):
+            assert len(meta.shape) == allowed[message.leg][meta.what]
+            assert (meta.dtype, len(frame)) == ("F32", meta.nbytes)
+    assert legs == {("train", leg) for leg in range(4)} | {("eval", 0), ("eval", 1)}
+    norms = [meta.shape for each in passed for meta in each.message.tensors if meta.what == "norms"]
+    assert set(norms) == {(2,)}, "one norm for each parameter of the middle, none for each sample"
+
+
+@pytest.mark.timeout(120)
+def test_sample_ids_take_the_place_of_labels_that_live_at_the_server(processes: Processes) -> None:
+    passed = traffic(processes, train__labels="server")
+    ids = {"train": set[int](), "eval": set[int]()}
+    for message, frames in passed:
+        assert isinstance(message, Tensors)
+        if message.leg == 0:
+            smashed, sent = message.tensors
+            assert (smashed.what, sent.what, sent.dtype, sent.shape) == ("smashed", "ids", "I64", smashed.shape[:1])
+            ids[message.kind] |= set(torch.frombuffer(bytearray(frames[1]), dtype=torch.int64).tolist())
+    assert ids["train"] | ids["eval"] == set(range(40))
+
+
+@pytest.mark.timeout(120)
+def test_no_tensors_pass_where_each_client_has_the_whole_model(processes: Processes) -> None:
+    assert traffic(processes, model__cut="output") == []
+
+
+# Errors
+
+AUTO = 'train.micro_batches = "auto" means nothing with'
+WHOLE = (
+    'cannot be with model.cut = "output", where each client has the whole model and its labels: '
+    "leave train.labels out, or cut inside the model."
+)
+PARTS = "since the planner knows models of two parts only"
+
+
+@pytest.mark.parametrize(
+    ("keys", "sentence"),
+    [
+        (
+            {"model__tail": "pool"},
+            'model.tail = "pool" means nothing under train.labels = "share": '
+            'leave it out, or set train.labels = "keep".',
+        ),
+        ({"train__labels": "keep", "model__cut": "output"}, f'train.labels = "keep" {WHOLE}'),
+        ({"train__labels": "server", "model__cut": "output"}, f'train.labels = "server" {WHOLE}'),
+        (
+            {"train__labels": "keep", "model__cut": "auto"},
+            f'train.labels = "keep" needs a fixed cut, {PARTS}: set model.cut to a place.',
+        ),
+        (
+            {"train__labels": "keep", "train__micro_batches": "auto"},
+            f'{AUTO} train.labels = "keep", {PARTS}: set a number of micro-batches and leave plan.predict out.',
+        ),
+        (
+            {"model__cut": "output", "train__micro_batches": "auto"},
+            f'{AUTO} model.cut = "output", {PARTS}: set a number of micro-batches and leave plan.predict out.',
+        ),
+        (
+            {"model__cut": "input", "plan__predict": True},
+            f'plan.predict = true means nothing with model.cut = "input", {PARTS}: '
+            "set a number of micro-batches and leave plan.predict out.",
+        ),
+    ],
+)
+def test_what_cannot_be_with_labels_and_ends_is_refused(keys: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        config_of(**keys)
+    assert str(caught.value) == sentence
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"train__labels": "server", "model__cut": "auto", "train__micro_batches": "auto"},
+        {"train__labels": "keep", "model__cut": "input", "model__tail": "output"},
+        {"train__labels": "server", "model__cut": "input"},
+    ],
+)
+def test_what_labels_and_ends_allow_is_taken(keys: dict[str, Any]) -> None:
+    assert config_of(**keys).train.labels == keys["train__labels"]
+
+
+BOOK = LabelBook(from_datasets(TensorDataset(*images(70)), TensorDataset(*images(22, seed=1)), classes=10))
+TURN = Turn(lease=Lease(1, 1), client=3, server=0, base=Ref("", "broker"), plan=Plan("pool"), round=0, first=0, count=1)
+EVALUATE = Evaluate(
+    lease=Lease(1, 1), client=3, server=0, base=Ref("", "broker"), plan=Plan("pool"), round=0, part="test"
+)
+
+
+def incoming(**tensors: Tensor) -> Incoming:
+    return Incoming(Tensors("run", "session", Lease(1, 1), "train", 0, 0, 0, ()), tensors, 0.0)
+
+
+def test_labels_are_looked_up_in_the_set_that_the_job_is_about() -> None:
+    ids = torch.tensor([3, 21, 0])
+    for job, labels in ((TURN, images(70)[1]), (EVALUATE, images(22, seed=1)[1])):
+        joined = BOOK.join(job, incoming(smashed=torch.ones(3), ids=ids)).tensors
+        assert joined.keys() == {"smashed", "labels"}
+        assert torch.equal(joined["labels"], labels[ids])
+    validation = BOOK.join(msgspec.structs.replace(EVALUATE, part="validation"), incoming(ids=ids))
+    assert torch.equal(validation.tensors["labels"], images(70)[1][ids])
+
+
+@pytest.mark.parametrize(
+    ("job", "ids", "sentence"),
+    [
+        (TURN, [0, 70], "Client 3 sent the sample id 70, and the server's training set has 70 samples"),
+        (EVALUATE, [22], "Client 3 sent the sample id 22, and the server's test set has 22 samples"),
+        (TURN, [5, -1], "Client 3 sent the sample id -1, and the server's training set has 70 samples"),
+    ],
+)
+def test_a_sample_id_that_the_server_does_not_have_is_refused(job: Any, ids: list[int], sentence: str) -> None:
+    with pytest.raises(DataError) as caught:
+        BOOK.join(job, incoming(ids=torch.tensor(ids)))
+    assert str(caught.value) == f"{sentence}: give both the same dataset (data.name, data.path)"
+
+
+@pytest.mark.parametrize(
+    "tensors",
+    [
+        {},
+        {"labels": torch.zeros(2, dtype=torch.int64)},
+        {"ids": torch.zeros(2)},
+        {"ids": torch.zeros(2, 1, dtype=torch.int64)},
+        {"ids": torch.zeros(0, dtype=torch.int64)},
+        {"ids": torch.zeros(2, dtype=torch.int64), "labels": torch.zeros(2, dtype=torch.int64)},
+    ],
+)
+def test_what_is_no_list_of_sample_ids_is_refused(tensors: dict[str, Tensor]) -> None:
+    with pytest.raises(RemoteProtocolError, match="in the place of smashed data and sample ids: start all peers with"):
+        BOOK.join(TURN, incoming(**tensors))
+
+
+def test_labels_below_zero_are_refused_at_the_server() -> None:
+    data = from_datasets(TensorDataset(torch.ones(2, 4), torch.tensor([0, -2])), TensorDataset(*images(22)), classes=10)
+    with pytest.raises(DataError, match="The server's data has the label -2: number its classes from 0"):
+        LabelBook(data).join(TURN, incoming(ids=torch.tensor([0, 1])))
+
+
+def test_a_server_without_the_data_says_what_it_needs_them_for(processes: Processes) -> None:
+    port = free_port()
+    keys = f"broker.port={port}", "data.name=mnist", "train.labels=server", "schedule.clients=1"
+    broker = processes.start("broker", *settings(*keys))
+    broker.line("listens")
+    server = processes.start("server", "--broker", f"127.0.0.1:{port}")
+    assert server.wait() == 2
+    broker.signal(signal.SIGTERM)
+    assert server.err[-1] == (
+        'zsplit: train.labels = "server" asks for the data at the server: mnist needs a folder with '
+        "MNIST/raw/train-images-idx3-ubyte, train-labels-idx1-ubyte, t10k-images-idx3-ubyte and "
+        "t10k-labels-idx1-ubyte, as they are or .gz: set data.path to it."
+    )
+
+
+def test_a_middle_takes_one_tensor_at_a_time() -> None:
+    x = torch.ones(2)
+    assert only({"smashed": x}, "smashed") is x
+    with pytest.raises(RemoteProtocolError, match="Nothing but gradients was expected, smashed, labels came"):
+        only({"smashed": x, "labels": x}, "gradients")
+
+
+# Data without labels
+
+
+def test_a_client_of_labels_at_the_server_has_none() -> None:
+    class Listed(Dataset[tuple[Tensor, int]]):
+        def __len__(self) -> int:
+            return 3
+
+        def __getitem__(self, index: int) -> tuple[Tensor, int]:
+            return torch.full((2,), float(index)), index
+
+    pairs = TensorDataset(torch.ones(4, 2), torch.arange(4))
+    pixels = Pixels(torch.zeros(5, 1, 2, 2, dtype=torch.uint8), torch.arange(5), Scale(1.0, (0.0,), (1.0,)))
+    for dataset in (Listed(), pairs, pixels):
+        bare = without_labels(Data(dataset, dataset, (2,), 5)).train
+        ids = torch.tensor([2, 0])
+        (x, y), (expected, labels) = gather(bare, ids), gather(dataset, ids)
+        assert torch.equal(x, expected)
+        assert torch.equal(labels_of(dataset, ids), labels)
+        assert (y.tolist(), len(bare)) == ([-1, -1], len(dataset))
+
+
+def test_ids_are_the_positions_of_the_batches_samples() -> None:
+    numbers = torch.arange(70.0)[:, None]
+    dataset = TensorDataset(numbers, torch.zeros(70, dtype=torch.int64))
+    config = config_of(schedule__clients=3, train__batch_size=8, train__local_epochs=2)
+    mine = ClientData(config, 1, from_datasets(dataset, dataset))
+    for step in range(mine.steps_per_round):
+        assert mine.train_ids(2, step).tolist() == mine.train_batch(2, step)[0].squeeze(1).tolist()
+    with pytest.raises(IndexError):
+        mine.train_ids(0, mine.steps_per_round)
+    for part in ("validation", "test"):
+        ids = [each.tolist() for each in mine.eval_ids(part)]
+        assert ids == [x.squeeze(1).tolist() for x, _ in mine.eval_batches(part)]

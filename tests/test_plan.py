@@ -462,6 +462,11 @@ NOTHING_LEFT = {
         "model.cut = 'conv1' comes before plan.min_cut = 'conv2', where the model may not be cut: move one of them, "
         "or set model.cut to auto",
     ),
+    "end": (
+        a_situation(cut="output"),
+        "model.cut = 'output' is an end of the model, which leaves nothing to plan: name a place inside it, or set "
+        "model.cut to auto",
+    ),
     "unknown": (
         a_situation(min_cut="conv3"),
         "plan.min_cut = 'conv3' is no cut of the model: the nearest are 'conv2', 'conv1', 'block.fc2'",

@@ -247,8 +247,8 @@ def test_the_summary_has_each_clients_plan_and_the_median_of_their_predictions()
     play.begin().go_on()
     summary = summarise(play.scheduler, "r1", FOLDER)
     assert summary["plan"] == {
-        "0": {"cut": "relu", "micro_batches": 1, "window": 1, "up": "raw", "down": "raw"},
-        "1": {"cut": "pool", "micro_batches": 4, "window": 2, "up": "raw", "down": "raw"},
+        "0": {"cut": "relu", "micro_batches": 1, "window": 1, "up": "raw", "down": "raw", "tail": ""},
+        "1": {"cut": "pool", "micro_batches": 4, "window": 2, "up": "raw", "down": "raw", "tail": ""},
     }
     assert summary["predicted_step_seconds"] == pytest.approx(0.15)
     assert summary["cut"] == "relu, pool"

@@ -3,6 +3,7 @@
 import doctest
 from collections.abc import Sequence
 from itertools import accumulate
+from pathlib import Path
 
 import pytest
 from helpers import unhurried
@@ -289,3 +290,8 @@ def test_a_picture_of_a_u_shaped_step_shows_both_ways_of_every_micro_batch(micro
         for micro in range(micro_batches):
             assert cells.index(str(micro)) < cells.index(f"{micro}'")
     assert max(map(int, row(drawing, "in flight"))) == min(micro_batches, window)
+
+
+def test_the_page_about_labels_draws_a_u_shaped_step_as_it_is() -> None:
+    page = (Path(__file__).parents[1] / "docs" / "labels.md").read_text()
+    assert f"<!-- u-shaped: begin -->\n```\n{picture(order(3, 3, U_SHAPED))}\n```\n" in page

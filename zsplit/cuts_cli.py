@@ -56,7 +56,8 @@ def _print_cuts(model: str, traced: "Traced") -> None:
 
     table = Table(
         title=f"{model}, input {_size(traced.shape)}: {len(traced.cuts)} places to cut",
-        caption="FLOPs of the forward pass of one sample; a multiply-add counts as two. Exact figures: --json",
+        caption="FLOPs of the forward pass of one sample; a multiply-add counts as two. Exact figures: --json\n"
+        "The two ends are cuts as well: output (federated averaging) and input (centralised training)",
         box=box.SIMPLE_HEAD,
         padding=(0, 1, 0, 0),
     )

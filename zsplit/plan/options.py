@@ -60,6 +60,11 @@ def cuts_within(cuts: Sequence[str], limits: Limits) -> Sequence[str]:
     first = place(cuts, limits.min_cut, "plan.min_cut") if limits.min_cut else 0
     if not limits.cut:
         return cuts[first:]
+    if limits.cut in ("input", "output") and limits.cut not in cuts:
+        raise PlanError(
+            f"model.cut = {limits.cut!r} is an end of the model, which leaves nothing to plan: name a place inside it, "
+            "or set model.cut to auto"
+        )
     fixed = place(cuts, limits.cut, "model.cut")
     if fixed < first:
         raise PlanError(

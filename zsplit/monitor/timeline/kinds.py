@@ -20,6 +20,7 @@ class Kind(NamedTuple):
 KNOWN = {
     "load": Kind("L", "#8c8279"),
     "forward": Kind("F", "#4c78a8"),
+    "tail": Kind("T", "#e45756"),
     "backward": Kind("B", "#f58518"),
     "step": Kind("O", "#54a24b"),
     "encode": Kind("E", "#b279a2"),

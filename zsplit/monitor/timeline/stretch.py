@@ -9,7 +9,7 @@ from zsplit.monitor.timeline.read import Bar, Timeline
 
 COMPUTE = "compute"
 
-TRAINING = frozenset({"load", "forward", "backward", "step"})
+TRAINING = frozenset({"load", "forward", "tail", "backward", "step"})
 """Spans on a client that a training step consists of."""
 
 STEPS = 3

@@ -1,0 +1,64 @@
+"""A broker in this process that writes down every data message before it passes it on; its peers are real processes."""
+
+from pathlib import Path
+from queue import Queue
+from threading import Thread
+from typing import NamedTuple
+
+import zmq
+from conftest import Processes
+
+from zsplit.config import Config
+from zsplit.wire.frames import decode_data
+from zsplit.wire.messages import DataMessage
+from zsplit_broker.journal import Journal
+from zsplit_broker.loop import Broker
+from zsplit_broker.port import Port
+from zsplit_broker.record import create_folder
+from zsplit_broker.sockets import BELL, Sockets, bound
+
+
+class Passed(NamedTuple):
+    """A data message: its header, and the bytes of its frames."""
+
+    message: DataMessage
+    frames: list[bytes]
+
+
+class Tap(Port):
+    """The broker's port, which keeps what it receives."""
+
+    def __init__(self, sockets: Sockets) -> None:
+        super().__init__(sockets.data)
+        self.passed: list[Passed] = []
+
+    def receive(self) -> tuple[bytes, bytes, list[zmq.Frame]]:
+        sender, header, frames = super().receive()
+        if sender != BELL:
+            self.passed.append(Passed(decode_data(header), [frame.bytes for frame in frames]))
+        return sender, header, frames
+
+
+def recorded(config: Config, processes: Processes) -> list[Passed]:
+    """Run to the end with one server and the clients as processes; return what passed the broker, in order."""
+    heard: Queue[str] = Queue()
+    passed: list[Passed] = []
+    thread = Thread(target=_serve, args=(config, processes.folder / "run", heard, passed))
+    thread.start()
+    address = heard.get()
+    peers = [processes.start("server", "--broker", address)]
+    peers += [processes.start("client", "--broker", address) for _ in range(config.schedule.clients)]
+    assert [peer.wait() for peer in peers] == [0] * len(peers), [peer.err[-5:] for peer in peers]
+    thread.join()
+    return passed
+
+
+def _serve(config: Config, folder: Path, heard: "Queue[str]", passed: list[Passed]) -> None:
+    create_folder(folder, config)
+    with bound(config) as sockets, Journal.open(folder, {"run": "tapped"}) as journal:
+        broker = Broker(config, "tapped", folder, journal, sockets)
+        broker.port = tap = Tap(sockets)
+        heard.put(f"127.0.0.1:{sockets.port}")
+        broker.serve()
+        broker.close()
+        passed += tap.passed
