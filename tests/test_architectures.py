@@ -43,6 +43,7 @@ PARAMETERS: dict[str, tuple[int, int]] = {
     "pipelearn/resnet50": (10, published(models.ResNet50_Weights.DEFAULT, 2048, 10)),
     "pipelearn/mobilenet_small": (10, published(models.MobileNet_V3_Small_Weights.DEFAULT, 1024, 10)),
     "pipelearn/mobilenet_large": (10, published(models.MobileNet_V3_Large_Weights.DEFAULT, 1280, 10)),
+    "tutorial/resnet18-softmax": (10, published(models.ResNet18_Weights.DEFAULT, 512, 10)),
     "ms/vgg19": (10, vgg(models.VGG19_BN_Weights.DEFAULT, 10)),
     "ms/resnet18": (100, published(models.ResNet18_Weights.DEFAULT, 512, 100) - 3 * 64 * (49 - 9)),
     "ms/resnet34": (1000, published(models.ResNet34_Weights.DEFAULT, 512, 1000)),
@@ -59,6 +60,14 @@ def test_a_model_has_the_parameters_of_its_source(name: str) -> None:
 
 def test_vgg19_has_the_39_million_parameters_of_the_reference() -> None:
     assert round(PARAMETERS["ms/vgg19"][1] / 1e6) == 39
+
+
+def test_the_tutorial_s_variant_is_torchvision_s_network_with_a_softmax_at_its_end() -> None:
+    variant = zoo.build("tutorial/resnet18-softmax", 10, 0, (3, 32, 32)).eval()
+    plain = models.resnet18(num_classes=10).eval()
+    plain.load_state_dict(variant.state_dict())
+    x = torch.randn(2, 3, 32, 32)
+    assert torch.equal(variant(x), torch.softmax(plain(x), dim=1))
 
 
 # Cuts

@@ -13,6 +13,7 @@ PAGE = Path(__file__).parents[1] / "docs" / "models.md"
 SOURCES = {
     "digits": "zsplit's demo",
     "splitnn": "PySyft's SplitNN tutorial",
+    "tutorial": "split-learning tutorial",
     "pipelearn": "PipeLearn",
     "ms": "MaskSparsification",
 }

@@ -70,7 +70,7 @@ def _print_cuts(model: str, traced: "Traced") -> None:
         figures = _size(point.shape), *(_short(count) for count in counts)
         table.add_row(str(point.index), point.name, *figures, ", ".join(aliases.get(point.name, [])))
     console = Console()
-    console.print(table, width=None if console.is_terminal else 120)
+    Console(width=None if console.is_terminal else 120).print(table)
 
 
 def _size(shape: Sequence[int]) -> str:

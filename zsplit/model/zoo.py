@@ -42,6 +42,7 @@ OWN = {
     "pipelearn/resnet50": Entry(vision.pipelearn_resnet50, SMALL, "layer1.0.relu_2"),
     "pipelearn/mobilenet_small": Entry(vision.pipelearn_mobilenet_small, SMALL, "features.1.block.2.1"),
     "pipelearn/mobilenet_large": Entry(vision.pipelearn_mobilenet_large, SMALL, "features.1.add"),
+    "tutorial/resnet18-softmax": Entry(vision.tutorial_resnet18_softmax, SMALL, "maxpool"),
     "ms/vgg19": Entry(vgg.ms_vgg19, SMALL, "block2.pool"),
     "ms/resnet18": Entry(vision.ms_resnet18, SMALL, "layer1.0.relu_1"),
     "ms/resnet34": Entry(vision.ms_resnet34, USUAL, "layer1.0.relu_1"),

@@ -7,7 +7,7 @@ torchvision takes seconds to import, so that is done only where one of these is 
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 Shape = tuple[int, ...]
 
@@ -45,6 +45,26 @@ def pipelearn_mobilenet_large(num_classes: int, shape: Shape) -> nn.Module:
     Dropout is 0.2: PipeLearn hands over 0.8, which in the paper's training (section 6.1.1) is what is kept.
     """
     return _pipelearn("mobilenet_v3_large", "features.0.0", num_classes, shape, dropout=0.2)
+
+
+class _Softmax(nn.Linear):
+    """A linear layer that gives probabilities."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return torch.softmax(super().forward(input), dim=1)
+
+
+def tutorial_resnet18_softmax(num_classes: int, shape: Shape) -> nn.Module:
+    """torchvision's ResNet18 with a softmax at its end, as the split-learning tutorial trains it.
+
+    The loss takes logits and gets probabilities: a mistake there, which its accuracy includes, and here a variant to
+    compare with. Parameters keep torchvision's names.
+    """
+    model = _torchvision("resnet18", num_classes)
+    classifier = _Softmax(model.fc.in_features, num_classes)
+    classifier.load_state_dict(model.fc.state_dict())
+    model.fc = classifier
+    return model
 
 
 def ms_resnet18(num_classes: int, shape: Shape) -> nn.Module:
