@@ -102,7 +102,7 @@ def test_a_message_with_labels_in_it_is_refused(middle: MiddleTraining) -> None:
 
 def test_a_step_has_no_place_in_an_evaluation(joined: Joined, middle: MiddleTraining) -> None:
     job = Evaluate(lease=LEASE, client=2, server=0, base=TURN.base, plan=PLAN, round=0, part="test")
-    evaluating = MiddleEvaluating(middle.link, job, middle.half)
+    evaluating = MiddleEvaluating(middle.link, job, CONFIG, middle.half)
     with pytest.raises(RemoteProtocolError, match="Client 2 sent Step in an evaluation"):
         evaluating.incoming(Incoming(Step("r", "s", LEASE, 0, 1.0), {}, 0.0))
 
