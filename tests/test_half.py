@@ -133,6 +133,18 @@ def test_a_plan_whose_tail_is_not_what_the_labels_ask_for_is_refused(labels: str
     )
 
 
+@pytest.mark.parametrize("labels", ["server", "keep"])
+def test_a_plan_at_the_output_is_refused_unless_labels_are_shared(labels: str) -> None:
+    mine = workshop(model__cut="stem", train__labels=labels)
+    for use in (mine.front, mine.back):
+        with pytest.raises(PlanError) as caught:
+            use("output")
+        assert str(caught.value) == (
+            "The plan cuts at the output, where a client needs its labels for the loss and has no tail, under "
+            f'train.labels = "{labels}": cut inside the model, or leave train.labels out.'
+        )
+
+
 def test_a_plan_with_a_tail_that_the_model_does_not_have_is_refused() -> None:
     with pytest.raises(PlanError, match=r"There is no 'poool' .* \(the plan names it: plan anew"):
         workshop(model__cut="stem", train__labels="keep").back("stem", "poool")

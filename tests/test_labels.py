@@ -1,6 +1,7 @@
 """Where the labels are: through real processes, every mode ends with the reference's weights, bit for bit."""
 
 import signal
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,17 +14,18 @@ from helpers import config_of
 from nets import Normed, SmallResidual, images
 from reference import Settings
 from tap import Passed, recorded
-from test_exact import BASE, SGD, assert_same, names_up_to, train_plain, train_split
+from test_exact import BASE, SGD, TESTS, assert_same, names_up_to, train_plain, train_split
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 from torch.utils.data import Dataset, TensorDataset
 
 from zsplit import from_datasets, load_config
 from zsplit.data import ClientData, Data, gather, labels_of, without_labels
 from zsplit.data.images import Pixels, Scale
 from zsplit.errors import ConfigError, DataError, RemoteProtocolError
+from zsplit.launch import Result
 from zsplit.train.labels import LabelBook
 from zsplit.train.link import Incoming
-from zsplit.train.middle import only
 from zsplit.wire.messages import Evaluate, Lease, Plan, Ref, Tensors, Turn
 
 Kinds = dict[str, dict[str, int]]
@@ -32,6 +34,17 @@ Kinds = dict[str, dict[str, int]]
 def small(model: type[Any] = SmallResidual) -> Any:
     torch.manual_seed(11)
     return model()
+
+
+def assert_evaluated(result: Result, model: Any, version: dict[str, Tensor]) -> None:
+    """Compare the figures of the test data with those of the uncut model."""
+    model = deepcopy(model)
+    model.load_state_dict({name: t for name, t in version.items() if not name.startswith(("optimizer/", "local/"))})
+    x, y = images(TESTS, seed=1)
+    with torch.no_grad():
+        outputs = model.eval()(x)
+    assert result.summary["test_accuracy"] == (outputs.argmax(1) == y).sum().item() / TESTS
+    assert result.summary["test_loss"] == pytest.approx(cross_entropy(outputs, y).item(), rel=1e-5)
 
 
 # The cut at the output and at the input
@@ -52,10 +65,11 @@ def test_a_cut_at_the_output_is_federated_averaging(case: str, tmp_path: Path) -
     model = small()
     result = train_split(tmp_path / "run", model, "output", clients, settings)
     everything = {name for name, _ in model.named_parameters()}
-    assert_same(result, train_plain(model, everything, clients, settings))
+    expected = train_plain(model, everything, clients, settings)
+    assert_same(result, expected)
+    assert_evaluated(result, model, expected)
     kinds: Kinds = result.summary["bytes"]["kinds"]
     assert kinds.keys() <= {"weights", "optimizer", "other"}, "more than states and their manifests travels"
-    assert result.summary["test_accuracy"] is not None
     assert result.summary["train_loss"] > 0
 
 
@@ -71,7 +85,9 @@ def test_a_cut_at_the_input_is_centralised_training(case: str, tmp_path: Path) -
     clients, settings = INPUT[case]
     model = small()
     result = train_split(tmp_path / "run", model, "input", clients, settings)
-    assert_same(result, train_plain(model, set(), clients, settings))
+    expected = train_plain(model, set(), clients, settings)
+    assert_same(result, expected)
+    assert_evaluated(result, model, expected)
     kinds: Kinds = result.summary["bytes"]["kinds"]
     assert "gradients" not in kinds
     assert kinds["smashed"]["up"] == 4 * 64 * result.summary["samples"]
@@ -80,8 +96,12 @@ def test_a_cut_at_the_input_is_centralised_training(case: str, tmp_path: Path) -
 # Labels at the server
 
 SERVER: dict[str, tuple[int, Settings]] = {
-    "parallel": (3, replace(SGD, policy="parallel", micro_batches=2)),
-    "in turn": (2, replace(SGD, policy="round_robin")),
+    f"{policy}, {clients} clients, {micros} micro-batches": (
+        clients,
+        replace(SGD, policy=policy, micro_batches=micros),
+    )
+    for policy in ("parallel", "round_robin")
+    for clients, micros in ((1, 3), (3, 1))
 }
 
 
@@ -89,9 +109,10 @@ SERVER: dict[str, tuple[int, Settings]] = {
 def test_labels_that_live_at_the_server_change_no_bit(case: str, tmp_path: Path) -> None:
     clients, settings = SERVER[case]
     model = small()
-    keys = {"train.labels": "server", "data.val_fraction": 0.0}
-    result = train_split(tmp_path / "run", model, "block.add", clients, settings, **keys)
-    assert_same(result, train_plain(model, names_up_to(model, "stem", "block"), clients, settings))
+    result = train_split(tmp_path / "run", model, "block.add", clients, settings, **{"train.labels": "server"})
+    expected = train_plain(model, names_up_to(model, "stem", "block"), clients, settings)
+    assert_same(result, expected)
+    assert_evaluated(result, model, expected)
     kinds: Kinds = result.summary["bytes"]["kinds"]
     assert "labels" not in kinds
     assert kinds["ids"]["up"] == 8 * result.summary["samples"]
@@ -99,28 +120,30 @@ def test_labels_that_live_at_the_server_change_no_bit(case: str, tmp_path: Path)
 
 # Labels kept
 
-KEEP: dict[str, tuple[type[Any], int, str, str, int, Settings]] = {
-    "one client": (SmallResidual, 1, "stem", "pool", 0, replace(SGD, policy="round_robin")),
-    "one client, parallel, micro-batches": (
-        SmallResidual, 1, "block.add", "pool", 2, replace(SGD, policy="parallel", micro_batches=3),
-    ),
-    "in turn": (SmallResidual, 3, "stem", "pool", 0, replace(SGD, policy="round_robin")),
-    "in turn, micro-batches": (
-        SmallResidual, 3, "stem", "flatten", 0, replace(SGD, policy="round_robin", micro_batches=3, client_lr=0.01),
-    ),
-    "parallel": (SmallResidual, 3, "stem", "", 0, replace(SGD, policy="parallel", aggregate_every=2)),
-    "parallel, clipped micro-batches in a window of 2, buffers kept": (
-        SmallResidual, 3, "stem", "pool", 2,
-        replace(SGD, policy="parallel", micro_batches=3, clip_norm=0.5, optimizer_state="local"),
-    ),
-    "the loss alone": (SmallResidual, 2, "block.add", "output", 0, replace(SGD, policy="parallel", micro_batches=3)),
-    "inputs and loss": (
-        SmallResidual, 2, "input", "output", 0, replace(SGD, policy="parallel", micro_batches=3, clip_norm=0.5),
-    ),
-    "BatchNorm deferred in all three": (
-        Normed, 2, "relu", "bn2", 3, replace(SGD, policy="parallel", micro_batches=3, batch_size=10),
-    ),
-}  # fmt: skip
+Kept = tuple[type[Any], int, str, str, int, Settings]  # network, clients, cut, tail, window
+
+KEEP: dict[str, Kept] = {
+    f"{policy}, {clients} clients, {micros} micro-batches": (
+        SmallResidual,
+        clients,
+        "stem",
+        "pool",
+        2 if micros > 1 else 0,
+        replace(SGD, policy=policy, micro_batches=micros, client_lr=0.01),
+    )
+    for policy in ("parallel", "round_robin")
+    for clients in (1, 3)
+    for micros in (1, 3)
+}
+CLIPPED = replace(SGD, policy="parallel", micro_batches=3, clip_norm=0.5)
+KEEP |= {
+    "the last cut, two aggregations": (SmallResidual, 3, "stem", "", 0, replace(CLIPPED, aggregate_every=2)),
+    "buffers kept": (SmallResidual, 3, "block.add", "flatten", 2, replace(CLIPPED, optimizer_state="local")),
+    "buffers made anew": (SmallResidual, 2, "block.add", "pool", 1, replace(CLIPPED, optimizer_state="reset")),
+    "the loss alone": (SmallResidual, 2, "block.add", "output", 0, CLIPPED),
+    "inputs and the loss": (SmallResidual, 2, "input", "output", 0, CLIPPED),
+    "BatchNorm deferred in all three": (Normed, 2, "relu", "bn2", 3, replace(CLIPPED, batch_size=10)),
+}
 
 
 @pytest.mark.parametrize("case", KEEP)
@@ -129,10 +152,11 @@ def test_labels_that_stay_at_the_client_change_no_bit(case: str, tmp_path: Path)
     model = small(network)
     keys = {"train.labels": "keep", "model.tail": tail, "plan.window": window}
     result = train_split(tmp_path / "run", model, cut, clients, settings, **keys)
-    assert_same(result, train_plain(model, ends_of(model, cut, tail), clients, settings))
+    expected = train_plain(model, ends_of(model, cut, tail), clients, settings)
+    assert_same(result, expected)
+    assert_evaluated(result, model, expected)
     kinds: Kinds = result.summary["bytes"]["kinds"]
     assert not kinds.keys() & {"labels", "ids"}
-    assert result.summary["test_accuracy"] is not None
     if cut != "input":
         assert kinds["smashed"]["up"] == kinds["gradients"]["down"]
     assert kinds["smashed"]["down"] == kinds["gradients"]["up"]
@@ -335,13 +359,6 @@ def test_a_server_without_the_data_says_what_it_needs_them_for(processes: Proces
         "MNIST/raw/train-images-idx3-ubyte, train-labels-idx1-ubyte, t10k-images-idx3-ubyte and "
         "t10k-labels-idx1-ubyte, as they are or .gz: set data.path to it."
     )
-
-
-def test_a_middle_takes_one_tensor_at_a_time() -> None:
-    x = torch.ones(2)
-    assert only({"smashed": x}, "smashed") is x
-    with pytest.raises(RemoteProtocolError, match="Nothing but gradients was expected, smashed, labels came"):
-        only({"smashed": x, "labels": x}, "gradients")
 
 
 # Data without labels

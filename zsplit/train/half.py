@@ -57,7 +57,7 @@ class Workshop:
         """
         if (cut, tail) not in self._parts:
             self.check_cut(cut)
-            self._check_tail(tail)
+            self._check_labels(cut, tail)
             self._parts[cut, tail] = self.traced.ends_apart(cut, tail) if tail else self.traced.split(cut)
         return self._parts[cut, tail]
 
@@ -70,8 +70,14 @@ class Workshop:
             raise PlanError(f"{reason} (the plan names it: plan anew, and give all peers the same model).") from error
         self._check_place(point, "The plan cuts", "plan anew")
 
-    def _check_tail(self, tail: str) -> None:
+    def _check_labels(self, cut: str, tail: str) -> None:
+        """Raise PlanError for a plan that has no place for the loss where the labels are."""
         labels = self.config.train.labels
+        if labels != "share" and self.traced.is_output(cut):
+            raise PlanError(
+                f"The plan cuts at the output, where a client needs its labels for the loss and has no tail, under "
+                f'train.labels = "{labels}": cut inside the model, or leave train.labels out.'
+            )
         if bool(tail) != (labels == "keep"):
             found = f"has a tail at '{tail}'" if tail else "has no tail"
             raise PlanError(f'The plan {found}, under train.labels = "{labels}": plan anew, or leave plan.file out.')

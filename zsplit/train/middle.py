@@ -29,12 +29,11 @@ class MiddleTraining(Training):
 
     def incoming(self, event: Incoming) -> None:
         use_threads(self.job.threads[1])
-        step, micro = self.at
         match event.message:
             case Step(step=of, scale=scale) if (of, -1) == self.at:
                 self.half.scale_gradients(scale)
                 self._end(of)
-            case TensorsMessage(leg=0, step=of, micro=this) if (of, this) == (step, self.forwards) and micro >= 0:
+            case TensorsMessage(leg=0, step=of, micro=this) if self._is_due(of, this):
                 self._forward(event.message, event.tensors)
             case TensorsMessage(leg=2, step=of, micro=this) if (of, this) == self.at and this in self._made:
                 self._backward(event.message, event.tensors)
@@ -44,6 +43,11 @@ class MiddleTraining(Training):
                 )
         if self.done:
             self.finish()
+
+    def _is_due(self, step: int, micro: int) -> bool:
+        """Whether these smashed data are the next."""
+        within = micro == 0 or micro < self.micros
+        return (step, micro) == (self.at[0], self.forwards) and self.at[1] >= 0 and within
 
     def _forward(self, message: TensorsMessage, tensors: dict[str, Tensor]) -> None:
         smashed = only(tensors, "smashed").to(self.half.device)
