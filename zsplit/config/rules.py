@@ -6,7 +6,6 @@ from math import inf
 from zsplit.config.keys import as_toml
 from zsplit.config.sections import (
     BrokerSection,
-    DataSection,
     LinkSection,
     ModelSection,
     PlanSection,
@@ -36,16 +35,6 @@ def in_training(train: TrainSection) -> Iterator[str]:
             f"train.micro_batches = {train.micro_batches} would leave slices without a sample: "
             f"with train.batch_size = {train.batch_size} the largest is {train.batch_size}."
         )
-
-
-def in_data(data: DataSection) -> Iterator[str]:
-    """Keys of made-up data."""
-    for key in ("shape", "classes", "samples"):
-        if data.name != "fake" and getattr(data, key) != getattr(DataSection(), key):
-            yield (
-                f"data.{key} = {as_toml(getattr(data, key))} means nothing for data.name = {as_toml(data.name)}: "
-                'leave it out, or set data.name = "fake".'
-            )
 
 
 def in_schedule(schedule: ScheduleSection, run: RunSection) -> Iterator[str]:

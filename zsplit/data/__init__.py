@@ -1,7 +1,23 @@
 """The data: datasets by name or of one's own, and the part of them that each client sees."""
 
-from zsplit.data.client import ClientData, Part, Prefetch, shards
+from zsplit.data.client import ClientData, EvalPart, Part, Prefetch
 from zsplit.data.images import Data, from_datasets, gather
-from zsplit.data.sources import open_data, sample_shape
+from zsplit.data.labels import Labels, labels_of
+from zsplit.data.partition import shards
+from zsplit.data.sources import open_data, open_labels, sample_shape
 
-__all__ = ["ClientData", "Data", "Part", "Prefetch", "from_datasets", "gather", "open_data", "sample_shape", "shards"]
+__all__ = [
+    "ClientData",
+    "Data",
+    "EvalPart",
+    "Labels",
+    "Part",
+    "Prefetch",
+    "from_datasets",
+    "gather",
+    "labels_of",
+    "open_data",
+    "open_labels",
+    "sample_shape",
+    "shards",
+]
