@@ -171,7 +171,7 @@ def test_config_prints_every_key_as_json(here: Here) -> None:
 # Help and usage
 
 
-COMMANDS = ["broker", "client", "config", "cuts", "monitor", "plan", "profile", "run", "server", "timeline"]
+COMMANDS = ["broker", "client", "config", "data", "cuts", "monitor", "plan", "profile", "run", "server", "timeline"]
 
 
 def test_help_names_every_command(processes: Processes) -> None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from zsplit.config import keys, load_config
+from zsplit.data_cli import data
 from zsplit.errors import ConfigError, RunFailedError, ZsplitError
 from zsplit.planning_cli import plan, profile
 from zsplit_broker.__main__ import broker, with_plan
@@ -47,6 +48,7 @@ def cli(debug: bool) -> None:
 
 cli.add_command(broker, "broker")
 cli.add_command(plan)
+cli.add_command(data)
 cli.add_command(profile)
 
 

@@ -1,6 +1,6 @@
 """The data: datasets by name or of one's own, and the part of them that each client sees."""
 
-from zsplit.data.client import ClientData, EvalPart, Part, Prefetch
+from zsplit.data.client import ClientData, EvalPart, Part, Prefetch, indices_of
 from zsplit.data.images import Data, from_datasets, gather
 from zsplit.data.labels import Labels, labels_of
 from zsplit.data.partition import shards
@@ -15,6 +15,7 @@ __all__ = [
     "Prefetch",
     "from_datasets",
     "gather",
+    "indices_of",
     "labels_of",
     "open_data",
     "open_labels",

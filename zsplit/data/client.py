@@ -33,6 +33,23 @@ WORTHWHILE = 0.001
 """Seconds from which on loading a mini-batch ahead gains more than it costs."""
 
 
+def indices_of(config: Config, client: int, shard: Tensor, n_test: int) -> dict[Part, Tensor]:
+    """Return what a client that has a shard of the training samples trains on, validates on and tests on.
+
+    `validation` is the head of a permutation of the shard; test samples are dealt out in order. Where all have all
+    samples, they hold the same ones out and each evaluates its share: nobody trains on what another validates on.
+    """
+    seed, n_validation = config.run.seed, math.floor(config.data.val_fraction * len(shard))
+    if isinstance(parse_partition(config.data.partition), Replicate):
+        order = permutation(len(shard), seed, "validation")
+        mine = order[:n_validation].tensor_split(config.schedule.clients)[client]
+    else:
+        order = permutation(len(shard), seed, "validation", client)
+        mine = order[:n_validation]
+    test = torch.arange(n_test).tensor_split(config.schedule.clients)[client]
+    return {"train": shard[order[n_validation:]], "validation": shard[mine], "test": test}
+
+
 class ClientData:
     """The part of the data that client `index` trains, validates and tests on, and its batches.
 
@@ -52,9 +69,7 @@ class ClientData:
         self.index, self._config, self._data, self._labels_known = index, config, data, labels_known
         self._changes = parse_augment(config.data.augment)
         labels = (lambda: labels_of(data.train)) if labels_known else None
-        train, validation = self._split(shards(config, len(data.train), labels)[index])
-        test = torch.arange(len(data.test)).tensor_split(clients)[index]
-        self.indices: dict[Part, Tensor] = {"train": train, "validation": validation, "test": test}
+        self.indices = indices_of(config, index, shards(config, len(data.train), labels)[index], len(data.test))
         self._order: tuple[tuple[int, int], Tensor] | None = None
 
     @property
@@ -105,17 +120,6 @@ class ClientData:
         dataset = self._data.test if part == "test" else self._data.train
         for ids in self.eval_ids(part):
             yield self._checked(gather(dataset, ids))
-
-    def _split(self, shard: Tensor) -> tuple[Tensor, Tensor]:
-        seed, n_validation = self._config.run.seed, math.floor(self._config.data.val_fraction * len(shard))
-        if isinstance(parse_partition(self._config.data.partition), Replicate):
-            # All hold the same samples out, and each evaluates its share: nobody trains on what another validates on.
-            order = permutation(len(shard), seed, "validation")
-            mine = order[:n_validation].tensor_split(self._config.schedule.clients)[self.index]
-        else:
-            order = permutation(len(shard), seed, "validation", self.index)
-            mine = order[:n_validation]
-        return shard[order[n_validation:]], shard[mine]
 
     def _epoch_order(self, round: int, epoch: int) -> Tensor:
         # Read once: another thread may be fetching for another epoch.

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from http.client import HTTPException
 from pathlib import Path
 from typing import IO, NamedTuple
+from urllib.error import HTTPError
 from urllib.request import urlopen
 
 from zsplit.data.files import Place
@@ -92,6 +93,8 @@ def _fetch(original: Original, target: Path, url: str) -> None:
             part.flush()
             Path(part.name).replace(target)
     except (OSError, HTTPException) as error:  # URLError is an OSError
+        if isinstance(error, HTTPError):
+            error.close()
         reason = getattr(error, "reason", None) or getattr(error, "strerror", None) or error
         raise DataError(f"{url} could not be fetched ({reason}): {_by_hand(url, target)}.") from error
 

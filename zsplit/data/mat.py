@@ -100,7 +100,7 @@ def _numbers(matrix: memoryview, order: str) -> Tensor:
     numbers = np.frombuffer(real.content, f"{order}{NUMBERS[real.kind]}")
     if len(numbers) != math.prod(shape):
         raise ValueError(f"{math.prod(shape)} numbers should follow, {len(numbers)} do")
-    return torch.from_numpy(numbers.astype(numbers.dtype.newbyteorder("="))).view(shape)
+    return torch.from_numpy(numbers.reshape(shape).astype(numbers.dtype.newbyteorder("=")))
 
 
 def _element(matrix: memoryview, begin: int, order: str) -> Element:
