@@ -199,8 +199,8 @@ def test_config_prints_every_key_as_json(here: Here) -> None:
 
 
 COMMANDS = [
-    *("broker", "client", "compare", "config", "cuts", "eval", "export", "monitor", "plan", "predict", "profile"),
-    *("run", "server", "sweep", "timeline"),
+    *("broker", "client", "compare", "config", "cuts", "data", "eval", "export", "monitor", "plan", "predict"),
+    *("profile", "run", "server", "sweep", "timeline"),
 ]
 
 

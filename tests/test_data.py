@@ -1,77 +1,65 @@
-"""Datasets, partitions and batches: what every client sees, in which order, and what is refused in which words."""
+"""Datasets: what is read from which files, and what is refused in which words."""
 
 import gzip
 import hashlib
-import math
 import os
-import pickle
-import struct
+import sys
 import tarfile
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+import tempfile
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from formats import (
+    mat_variable,
+    pack,
+    write,
+    write_cifar10,
+    write_cifar100,
+    write_cifar_batch,
+    write_idx,
+    write_image,
+    write_imagefolder,
+    write_mat,
+    write_mnist,
+    write_svhn,
+)
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
-from torch import Tensor
-from torch.utils.data import Dataset, TensorDataset
+from samples import SHARED, Own, config_of, needs_shared, numbered, permutation, pixels_of
+from torch.utils.data import Dataset
+from torchvision.transforms import functional
 
 import zsplit.data
-from zsplit.config import Config, keys, load_config
-from zsplit.data import ClientData, Data, Prefetch, from_datasets, gather, open_data, sample_shape, shards
-from zsplit.data.client import PARTITIONS
+from zsplit.config import Config
+from zsplit.config.datasets import DATASETS, FETCHED
+from zsplit.data import Data, from_datasets, gather, open_data, sample_shape
+from zsplit.data.cifar import CIFAR10, CIFAR100
+from zsplit.data.download import ORIGINALS
+from zsplit.data.folder import IMAGENET, centre
 from zsplit.data.images import Pixels
-from zsplit.data.readers import read_idx
-from zsplit.data.sources import CIFAR10, DIGITS, IMAGENET, MNIST, SOURCES
+from zsplit.data.mat import read_mat
+from zsplit.data.mnist import DIGITS, MNIST, read_idx
+from zsplit.data.sources import SOURCES
+from zsplit.data.svhn import SVHN
 from zsplit.errors import ConfigError, DataError
-from zsplit.seeds import derive
+
+MAT = (
+    b"MATLAB 5.0 MAT-file".ljust(124) + b"\x00\x01IM" + mat_variable("X", np.arange(48.0).reshape(6, 8), compress=False)
+)
+"""A small MAT-file, uncompressed."""
 
 PACKAGE = Path(zsplit.data.__file__).parent
-SHARED = os.environ.get("ZSPLIT_TEST_DATA", "")
-needs_shared = pytest.mark.skipif(not SHARED, reason="ZSPLIT_TEST_DATA names no folder with real images")
-
-
-def config_of(**overrides: object) -> Config:
-    """Return a config with keys written `section__key`."""
-    return load_config(None, {key.replace("__", "."): value for key, value in overrides.items()})
-
-
-def numbered(n: int, classes: int = 10) -> TensorDataset:
-    """Return n samples whose only feature is their index."""
-    return TensorDataset(torch.arange(n, dtype=torch.float32).view(n, 1), torch.arange(n) % classes)
-
-
-def numbered_data(n_train: int, n_test: int = 10) -> Data:
-    return from_datasets(numbered(n_train), numbered(n_test))
-
-
-def permutation(n: int, *purpose: Any) -> Tensor:
-    return torch.randperm(n, generator=torch.Generator().manual_seed(derive(*purpose)))
 
 
 def refusal(config: Config) -> str:
     with pytest.raises(DataError) as caught:
         open_data(config)
     return str(caught.value)
-
-
-class Own(Dataset[Any]):
-    """A map-style dataset of whatever it is given."""
-
-    def __init__(self, *samples: Any) -> None:
-        self.samples = samples
-
-    def __len__(self) -> int:
-        return len(self.samples)
-
-    def __getitem__(self, index: int) -> Any:
-        return self.samples[index]
 
 
 @pytest.fixture(scope="module")
@@ -124,10 +112,9 @@ class TestDigits:
 
 
 class TestNames:
-    def test_every_name_and_partition_of_the_config_is_there(self) -> None:
-        choices = {each.key: set(each.choices) for each in keys()}
-        assert choices["data.name"] == {*SOURCES, "fake", "own"}
-        assert choices["data.partition"] == set(PARTITIONS)
+    def test_every_name_of_the_config_is_there(self) -> None:
+        assert {*DATASETS} == {*SOURCES, "fake", "own"}
+        assert {*FETCHED} == {*ORIGINALS}
 
     def test_own_datasets_cannot_be_opened_by_name(self) -> None:
         with pytest.raises(ConfigError, match=r"stands for datasets that a Python script hands over: start that"):
@@ -152,29 +139,13 @@ class TestNames:
 
     def test_a_missing_folder_says_what_is_needed(self, tmp_path: Path) -> None:
         sentence = refusal(config_of(data__name="cifar10", data__path=str(tmp_path / "absent")))
-        assert f"data.path = {tmp_path}/absent is no folder: cifar10 needs one with cifar-10-batches-py/" in sentence
+        assert (
+            f"data.path = {tmp_path}/absent is no folder: cifar10 needs one with cifar-10-python.tar.gz, or" in sentence
+        )
 
     def test_a_tilde_is_the_home_folder(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("HOME", str(tmp_path))
         assert f"{tmp_path}/data" in refusal(config_of(data__name="mnist", data__path="~/data"))
-
-
-def write_idx(path: Path, values: np.ndarray[Any, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    head = struct.pack(f">HBB{values.ndim}I", 0, 8, values.ndim, *values.shape)
-    content = head + values.astype(np.uint8).tobytes()
-    path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
-
-
-def write_mnist(folder: Path, end: str, rng: np.random.Generator) -> dict[str, np.ndarray[Any, Any]]:
-    """Write 20 training and 6 test images in MNIST's format; return them by file name."""
-    files: dict[str, np.ndarray[Any, Any]] = {}
-    for prefix, n in (("train", 20), ("t10k", 6)):
-        files[f"{prefix}-images-idx3-ubyte"] = rng.integers(0, 256, (n, 28, 28))
-        files[f"{prefix}-labels-idx1-ubyte"] = rng.integers(0, 10, n)
-    for name, values in files.items():
-        write_idx(folder / f"{name}{end}", values)
-    return files
 
 
 class TestMnist:
@@ -244,39 +215,6 @@ class TestMnist:
         assert values.std().item() == pytest.approx(MNIST.std[0], abs=1e-3)
 
 
-class CifarPickler(pickle._Pickler):
-    """Writes an array as the original files have it: numbers for truth values, raw bytes as Python 2 text."""
-
-    def reducer_override(self, obj: Any) -> Any:
-        if isinstance(obj, np.dtype):
-            return np.dtype, ("u1", 0, 1), (3, "|", None, None, None, -1, -1, 0)
-        if isinstance(obj, np.ndarray):
-            rebuild = np.empty(0).__reduce__()[0]
-            return rebuild, (np.ndarray, (0,), "b"), (1, obj.shape, obj.dtype, False, obj.tobytes().decode("latin1"))
-        return NotImplemented
-
-
-def write_cifar_batch(path: Path, batch: dict[str, Any]) -> None:
-    path.parent.mkdir(exist_ok=True)
-    with path.open("wb") as file:
-        CifarPickler(file, protocol=2).dump(batch)
-
-
-def write_cifar(folder: Path, rng: np.random.Generator) -> dict[str, dict[str, Any]]:
-    """Write CIFAR-10's six batches with four images each; return their contents."""
-    names = [*(f"data_batch_{number}" for number in range(1, 6)), "test_batch"]
-    batches = {
-        name: {
-            "data": rng.integers(0, 256, (4, 3072), dtype=np.uint8),
-            "labels": rng.integers(0, 10, 4).tolist(),
-        }
-        for name in names
-    }
-    for name, batch in batches.items():
-        write_cifar_batch(folder / "cifar-10-batches-py" / name, batch)
-    return batches
-
-
 class Harmful:
     def __reduce__(self) -> Any:
         return os.getcwd, ()
@@ -284,7 +222,7 @@ class Harmful:
 
 class TestCifar10:
     def test_the_batches_are_read_in_order(self, tmp_path: Path) -> None:
-        batches = write_cifar(tmp_path, np.random.default_rng(0))
+        batches = write_cifar10(tmp_path, np.random.default_rng(0))
         data = open_data(config_of(data__name="cifar10", data__path=str(tmp_path)))
         x, y = data.train[6]
         pixels = torch.from_numpy(batches["data_batch_2"]["data"][2]).view(3, 32, 32)
@@ -306,7 +244,7 @@ class TestCifar10:
         ],
     )
     def test_a_file_that_holds_something_else_is_named(self, tmp_path: Path, batch: Any, sentence: str) -> None:
-        write_cifar(tmp_path, np.random.default_rng(0))
+        write_cifar10(tmp_path, np.random.default_rng(0))
         path = tmp_path / "cifar-10-batches-py" / "data_batch_3"
         write_cifar_batch(path, batch)
         found = refusal(config_of(data__name="cifar10", data__path=str(tmp_path)))
@@ -314,15 +252,134 @@ class TestCifar10:
         assert sentence in found
 
     def test_a_missing_batch_is_named(self, tmp_path: Path) -> None:
-        write_cifar(tmp_path, np.random.default_rng(0))
+        write_cifar10(tmp_path, np.random.default_rng(0))
         (tmp_path / "cifar-10-batches-py" / "test_batch").unlink()
         found = refusal(config_of(data__name="cifar10", data__path=str(tmp_path)))
-        assert found.startswith(f"{tmp_path} has no test_batch: cifar10 needs a folder with cifar-10-batches-py/")
+        assert found.startswith(f"{tmp_path} has no test_batch: cifar10 needs a folder with cifar-10-python.tar.gz")
 
 
-def write_image(path: Path, size: tuple[int, int] = (6, 5), colour: tuple[int, int, int] = (255, 0, 0)) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new("RGB", size, colour).save(path)
+class TestCifar100:
+    def test_the_fine_labels_count(self, tmp_path: Path) -> None:
+        files = write_cifar100(tmp_path, np.random.default_rng(0))
+        data = open_data(config_of(data__name="cifar100", data__path=str(tmp_path)))
+        x, y = gather(data.test, torch.arange(6))
+        assert torch.equal(x, CIFAR100(torch.from_numpy(files["test"]["data"]).view(6, 3, 32, 32)))
+        assert y.tolist() == files["test"]["fine_labels"]
+        assert (len(data.train), len(data.test), data.shape, data.classes) == (20, 6, (3, 32, 32), 100)
+
+
+class TestCifarArchives:
+    def packed(self, folder: Path) -> Path:
+        """Write CIFAR-100's archive and nothing else."""
+        write_cifar100(folder, np.random.default_rng(0))
+        archive = folder / "cifar-100-python.tar.gz"
+        pack(archive, folder / "cifar-100-python")
+        return archive
+
+    def test_an_archive_is_read_where_it_lies(self, tmp_path: Path) -> None:
+        files = write_cifar100(tmp_path, np.random.default_rng(0))
+        config = config_of(data__name="cifar100", data__path=str(tmp_path))
+        beside = gather(open_data(config).train, torch.arange(20))
+        archive = self.packed(tmp_path)
+        assert all(map(torch.equal, gather(open_data(config).train, torch.arange(20)), beside))
+        assert beside[1].tolist() == files["train"]["fine_labels"]
+        assert list(tmp_path.iterdir()) == [archive]
+
+    def test_cifar10_is_read_in_the_order_of_its_batches(self, tmp_path: Path) -> None:
+        batches = write_cifar10(tmp_path, np.random.default_rng(0))
+        pack(tmp_path / "cifar-10-python.tar.gz", tmp_path / "cifar-10-batches-py")
+        data = open_data(config_of(data__name="cifar10", data__path=str(tmp_path)))
+        labels = [label for number in range(1, 6) for label in batches[f"data_batch_{number}"]["labels"]]
+        assert gather(data.train, torch.arange(20))[1].tolist() == labels
+
+    @pytest.mark.parametrize("damage", [lambda content: content[:900], lambda content: b"no archive"])
+    def test_a_damaged_archive_is_named(self, tmp_path: Path, damage: Any) -> None:
+        archive = self.packed(tmp_path)
+        archive.write_bytes(damage(archive.read_bytes()))
+        found = refusal(config_of(data__name="cifar100", data__path=str(tmp_path)))
+        assert found.startswith(str(archive))
+        assert " is damaged (" in found
+
+    def test_an_archive_that_lacks_a_file_is_named(self, tmp_path: Path) -> None:
+        write_cifar100(tmp_path, np.random.default_rng(0))
+        (tmp_path / "cifar-100-python" / "test").unlink()
+        pack(tmp_path / "cifar-100-python.tar.gz", tmp_path / "cifar-100-python")
+        found = refusal(config_of(data__name="cifar100", data__path=str(tmp_path)))
+        assert found == f"{tmp_path}/cifar-100-python.tar.gz is damaged (test is not in it): fetch it again."
+
+    def test_a_pickle_in_an_archive_makes_nothing_but_arrays(self, tmp_path: Path) -> None:
+        write_cifar100(tmp_path, np.random.default_rng(0))
+        write_cifar_batch(tmp_path / "cifar-100-python" / "train", {"data": Harmful()})
+        pack(tmp_path / "cifar-100-python.tar.gz", tmp_path / "cifar-100-python")
+        found = refusal(config_of(data__name="cifar100", data__path=str(tmp_path)))
+        assert found.startswith(f"{tmp_path}/cifar-100-python.tar.gz/cifar-100-python/train is damaged (")
+        assert "getcwd is no part of an array" in found
+
+
+class TestSvhn:
+    def test_images_stand_upright_and_ten_is_the_digit_zero(self, tmp_path: Path) -> None:
+        files = write_svhn(tmp_path, np.random.default_rng(0))
+        data = open_data(config_of(data__name="svhn", data__path=str(tmp_path)))
+        images, labels = files["train"]
+        x, y = gather(data.train, torch.arange(20))
+        assert torch.equal(x, SVHN(torch.from_numpy(images.transpose(3, 2, 0, 1).copy())))
+        assert y.tolist() == [label % 10 for label in labels.flatten().tolist()]
+        assert (len(data.train), len(data.test), data.shape, data.classes) == (20, 6, (3, 32, 32), 10)
+
+    @pytest.mark.parametrize("order", ["<", ">"])
+    @pytest.mark.parametrize("compress", [True, False])
+    @pytest.mark.parametrize("code", ["u1", "i2", "i4", "f8"])
+    def test_arrays_are_read_in_every_order_and_type(
+        self, tmp_path: Path, order: str, compress: bool, code: str
+    ) -> None:
+        values = np.arange(24).reshape(2, 3, 4).astype(code)
+        path = tmp_path / "a.mat"
+        others = [mat_variable(name, np.zeros((2, 2)), order, compress) for name in ("b", "a_long_name")]
+        write_mat(path, [others[0], mat_variable("a", values, order, compress), others[1]], order)
+        assert read_mat(path, "a").numpy().transpose(2, 1, 0).tolist() == values.tolist()
+        assert read_mat(path, "a_long_name").tolist() == [[0, 0], [0, 0]]
+
+    @pytest.mark.parametrize(
+        ("damage", "sentence"),
+        [
+            (lambda content: content[:100], "it is no MAT-file of level 5"),
+            (lambda content: content[:-30], "it ends within a variable"),
+            (lambda content: content[:140] + b"\0" * 40 + content[180:], "Error -3 while decompressing data"),
+            (lambda content: content[:128], "it has no variable X"),
+            (lambda content: content[:132], "unpack requires a buffer of 8 bytes"),
+        ],
+    )
+    def test_a_damaged_file_is_named(self, tmp_path: Path, damage: Any, sentence: str) -> None:
+        write_svhn(tmp_path, np.random.default_rng(0))
+        path = tmp_path / "train_32x32.mat"
+        path.write_bytes(damage(path.read_bytes()))
+        found = refusal(config_of(data__name="svhn", data__path=str(tmp_path)))
+        assert found.startswith(f"{path} is damaged (")
+        assert sentence in found
+
+    @pytest.mark.parametrize(
+        ("images", "labels", "sentence"),
+        [
+            (np.zeros((3, 32, 32, 4), np.uint8), 4, "X has the shape (3, 32, 32, 4) and the type torch.uint8"),
+            (np.zeros((32, 32, 3, 4)), 4, "X has the shape (32, 32, 3, 4) and the type torch.float64"),
+            (np.zeros((32, 32, 3, 4), np.uint8), 5, "4 images, 5 labels"),
+        ],
+    )
+    def test_what_holds_something_else_is_named(self, tmp_path: Path, images: Any, labels: int, sentence: str) -> None:
+        path = tmp_path / "train_32x32.mat"
+        write_mat(path, [mat_variable("X", images), mat_variable("y", np.ones((labels, 1)))])
+        found = refusal(config_of(data__name="svhn", data__path=str(tmp_path)))
+        assert found == f"{path} is damaged ({sentence}): fetch it again."
+
+    @given(st.binary(max_size=200), st.integers(128, 400))
+    def test_whatever_the_file_says_it_is_read_or_named(self, noise: bytes, at: int) -> None:
+        content = bytearray(MAT)
+        content[at : at + len(noise)] = noise
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "a.mat"
+            path.write_bytes(content)
+            with suppress(DataError):
+                assert read_mat(path, "X").numel() >= 0
 
 
 @pytest.fixture
@@ -370,11 +427,59 @@ class TestImageFolder:
         with pytest.raises(DataError, match=r"b\.jpg is damaged \(.*\): fetch it again\."):
             data.train[3]
 
-    def test_images_of_two_sizes_make_no_batch(self, image_folder: Path) -> None:
-        write_image(image_folder / "train" / "cat" / "b.jpg", size=(9, 9))
+    def test_images_of_two_sizes_need_a_size_to_be_brought_to(self, image_folder: Path) -> None:
+        path = image_folder / "train" / "cat" / "b.jpg"
+        write_image(path, size=(9, 9))
         data = open_data(config_of(data__name="imagefolder", data__path=str(image_folder)))
-        with pytest.raises(DataError, match=r"Sample 1 .* shape \(3, 9, 9\), sample 0 has \(3, 5, 6\): bring all"):
+        with pytest.raises(DataError) as caught:
             gather(data.train, torch.tensor([0, 1]))
+        assert str(caught.value) == (
+            f"{path} has the size 9×9, other images 5×6: set model.input, such as model.input = [3, 224, 224], "
+            "and all are brought to that size."
+        )
+
+    def test_images_of_all_sizes_are_brought_to_that_of_the_model(self, tmp_path: Path) -> None:
+        write_imagefolder(tmp_path, np.random.default_rng(0), train=6, test=4)
+        data = open_data(config_of(data__name="imagefolder", data__path=str(tmp_path), model__input=[3, 16, 24]))
+        assert data.shape == (3, 16, 24)
+        assert gather(data.train, torch.arange(6))[0].shape == (6, 3, 16, 24)
+
+    def test_an_image_of_the_models_size_stays_as_it_is(self, image_folder: Path) -> None:
+        keys = {"data__name": "imagefolder", "data__path": str(image_folder)}
+        plain, sized = (open_data(config_of(**keys, **more)) for more in ({}, {"model__input": [3, 5, 6]}))
+        assert torch.equal(gather(plain.train, torch.arange(4))[0], gather(sized.train, torch.arange(4))[0])
+
+    @pytest.mark.parametrize("size", [(300, 260), (375, 500), (224, 224), (1000, 256), (231, 777)])
+    def test_what_is_shown_of_a_test_image_is_torchvisions_resize_256_and_centre_crop_224(
+        self, size: tuple[int, int]
+    ) -> None:
+        pixels = np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)
+        image = Image.fromarray(pixels)
+        expected = functional.center_crop(functional.resize(image, [256]), [224, 224])
+        assert centre(image, 224, 224).tobytes() == expected.tobytes()
+
+    def test_small_images_are_read_once(self, image_folder: Path) -> None:
+        data = open_data(config_of(data__name="imagefolder", data__path=str(image_folder)))
+        before = gather(data.train, torch.arange(4))
+        for path in image_folder.rglob("*.*"):
+            path.unlink()
+        assert all(map(torch.equal, gather(data.train, torch.arange(4)), before))
+
+    def test_large_images_are_not_kept(self, image_folder: Path) -> None:
+        data = open_data(
+            config_of(data__name="imagefolder", data__path=str(image_folder), model__input=[3, 20000, 20000])
+        )
+        for path in image_folder.rglob("*.*"):
+            path.unlink()
+        with pytest.raises(DataError, match=r"a\.png is damaged"):
+            gather(data.train, torch.tensor([0]))
+
+    def test_a_shape_without_three_channels_is_refused(self, image_folder: Path) -> None:
+        with pytest.raises(ConfigError) as caught:
+            open_data(config_of(data__name="imagefolder", data__path=str(image_folder), model__input=[1, 9, 9]))
+        assert str(caught.value) == (
+            "model.input = [1, 9, 9] is no shape of a colour image: set [3, height, width] for imagefolder."
+        )
 
     @needs_shared
     def test_real_jpeg_images_are_read(self, tmp_path: Path) -> None:
@@ -391,11 +496,6 @@ class TestImageFolder:
 
 def fake(**keys: object) -> Data:
     return open_data(config_of(data__name="fake", **keys))
-
-
-def pixels_of(part: Any) -> Tensor:
-    assert isinstance(part, Pixels)
-    return part.pixels
 
 
 class TestFake:
@@ -448,6 +548,104 @@ class TestFake:
         )
 
 
+class TestWhatIsUsed:
+    def test_a_size_keeps_so_many_random_samples_in_the_order_of_the_files(self) -> None:
+        whole, few = (open_data(config_of(data__train_size=size, data__test_size=size)) for size in (0, 50))
+        assert (len(few.train), len(few.test)) == (50, 50)
+        kept = permutation(len(whole.train), 0, "size", "train")[:50].sort().values
+        assert torch.equal(pixels_of(few.train), pixels_of(whole.train)[kept])
+        assert not torch.equal(pixels_of(few.train), pixels_of(whole.train)[:50])
+
+    def test_another_seed_keeps_others(self) -> None:
+        one, other = (open_data(config_of(data__train_size=50, run__seed=seed)) for seed in (0, 1))
+        assert not torch.equal(pixels_of(one.train), pixels_of(other.train))
+
+    def test_more_than_there_are_is_refused(self) -> None:
+        assert refusal(config_of(data__test_size=360)) == (
+            "data.test_size = 360 is more than the 355 samples there are: set 355 at most, or 0."
+        )
+
+    def test_image_files_are_taken_in_part_as_well(self, image_folder: Path) -> None:
+        data = open_data(config_of(data__name="imagefolder", data__path=str(image_folder), data__train_size=3))
+        assert len(data.train) == 3
+
+    def test_pixels_are_less_their_mean_over_their_deviation_as_asked_for(self) -> None:
+        plain, half, none = (
+            gather(open_data(config_of(data__normalize=how)).train, torch.arange(9))[0]
+            for how in ("dataset", "half", "none")
+        )
+        assert (none.min().item(), none.max().item()) == (0, 1)
+        assert torch.allclose(half, none * 2 - 1)
+        assert torch.allclose(plain, (none - DIGITS.mean[0]) / DIGITS.std[0], atol=1e-6)
+
+    def test_half_is_for_colours_too(self, tmp_path: Path) -> None:
+        write("cifar10", tmp_path)
+        data = open_data(config_of(data__name="cifar10", data__path=str(tmp_path), data__normalize="half"))
+        x, _ = gather(data.train, torch.arange(20))
+        assert -1 <= x.min() < -0.9 < 0.9 < x.max() <= 1
+
+    @pytest.mark.parametrize("name", ["fake", "own", "package.data:make"])
+    def test_data_without_constants_cannot_be_normalised(self, name: str) -> None:
+        with pytest.raises(
+            ConfigError, match=r'data\.normalize = "half" means nothing for data\.name = .*: leave it out'
+        ):
+            config_of(data__name=name, data__normalize="half")
+
+    def test_objects_that_a_script_hands_over_are_its_own_to_cut(self) -> None:
+        with pytest.raises(ConfigError, match=r"data\.train_size = 9 means nothing for data\.name = \"own\""):
+            config_of(data__name="own", data__train_size=9)
+
+    def test_images_of_another_shape_than_the_models_input_are_refused(self) -> None:
+        assert refusal(config_of(model__input=[3, 32, 32])) == (
+            "The samples of digits have the shape [1, 8, 8], model.input is [3, 32, 32]: "
+            "leave model.input out, or take a dataset of that shape."
+        )
+
+
+def make_numbered(config: Config) -> Data:
+    return from_datasets(numbered(30), numbered(6))
+
+
+def make_nothing(config: Config) -> None:
+    return None
+
+
+class TestFunctionsOfOnesOwn:
+    def test_a_function_makes_the_data_of_the_config(self) -> None:
+        config = config_of(data__name="test_data:make_numbered", data__train_size=7)
+        data = open_data(config, allowed=["test_data"])
+        assert (len(data.train), len(data.test), data.shape, data.classes) == (7, 6, (1,), 10)
+
+    def test_a_module_that_was_not_allowed_is_not_imported(self) -> None:
+        with pytest.raises(ConfigError) as caught:
+            open_data(config_of(data__name="antigravity:fly"))
+        assert "would import antigravity, which this peer was not started with" in str(caught.value)
+        assert "antigravity" not in sys.modules
+
+    def test_what_returns_something_else_is_refused(self) -> None:
+        with pytest.raises(ConfigError) as caught:
+            open_data(config_of(data__name="test_data:make_nothing"), allowed=["test_data"])
+        assert str(caught.value) == "data.name = 'test_data:make_nothing' gave a NoneType: it has to return a Data."
+
+    @pytest.mark.parametrize(
+        ("name", "sentence"),
+        [
+            ("absent_module:make", "there is no module absent_module here: install it, or start this peer in its"),
+            ("test_data:absent", "test_data has no function absent: define it at the module's top level."),
+            ("test_data:PACKAGE", "test_data has no function PACKAGE: define it at the module's top level."),
+        ],
+    )
+    def test_what_cannot_be_called_is_named(self, name: str, sentence: str) -> None:
+        with pytest.raises(ConfigError) as caught:
+            open_data(config_of(data__name=name), allowed=[name.partition(":")[0]])
+        assert str(caught.value).startswith(f"data.name = {name!r}: {sentence}")
+
+    @pytest.mark.parametrize("name", ["a.b:", ":f", "a b:f", "a:b:c", "a:f()", "1a:f", "a..b:f"])
+    def test_other_texts_name_no_function(self, name: str) -> None:
+        with pytest.raises(ConfigError, match=r"data\.name = .* does not exist: "):
+            config_of(data__name=name)
+
+
 class TestOwnDatasets:
     def test_shape_and_classes_are_found(self) -> None:
         data = from_datasets(numbered(20, classes=3), numbered(5, classes=4))
@@ -485,214 +683,3 @@ class TestOwnDatasets:
         unsized: Any = Dataset()
         with pytest.raises(DataError, match=r"training dataset is a Dataset without __len__ .* map-style"):
             from_datasets(unsized, numbered(1))
-
-
-class TestPartition:
-    def test_iid_is_the_permutation_cut_into_parts(self) -> None:
-        parts = shards(config_of(schedule__clients=3, run__seed=5), 11)
-        expected = permutation(11, 5, "partition").tensor_split(3)
-        assert [part.tolist() for part in parts] == [part.tolist() for part in expected]
-
-    @given(st.integers(1, 300), st.integers(1, 40), st.integers(0, 2**40))
-    def test_iid_gives_each_sample_to_one_client(self, n: int, clients: int, seed: int) -> None:
-        clients = min(n, clients)
-        parts = shards(config_of(schedule__clients=clients, run__seed=seed), n)
-        assert sorted(torch.cat(parts).tolist()) == list(range(n))
-        assert max(map(len, parts)) - min(map(len, parts)) <= 1
-
-    def test_a_client_without_a_sample_is_refused(self) -> None:
-        with pytest.raises(ConfigError) as caught:
-            shards(config_of(schedule__clients=5), 4)
-        assert str(caught.value) == (
-            "schedule.clients = 5 leaves client 4 without a sample: there are 4 training samples, "
-            "take 4 clients at most."
-        )
-
-
-class TestClientData:
-    def test_validation_is_the_head_of_a_permutation_of_the_shard(self) -> None:
-        config = config_of(schedule__clients=2, data__val_fraction=0.25, run__seed=3)
-        client = ClientData(config, 1, numbered_data(22))
-        shard, order = shards(config, 22)[1], permutation(11, 3, "validation", 1)
-        assert client.indices["validation"].tolist() == shard[order[:2]].tolist()
-        assert client.indices["train"].tolist() == shard[order[2:]].tolist()
-        assert (client.size("train"), client.size("validation")) == (9, 2)
-
-    @given(st.integers(1, 200), st.floats(0, 1, exclude_max=True))
-    def test_some_sample_is_always_left_to_train_on(self, n: int, fraction: float) -> None:
-        client = ClientData(config_of(schedule__clients=1, data__val_fraction=fraction), 0, numbered_data(n))
-        assert client.size("validation") == math.floor(fraction * n)
-        assert client.size("train") >= 1
-
-    def test_test_data_is_dealt_out_in_order(self) -> None:
-        config, data = config_of(schedule__clients=3), numbered_data(30, n_test=7)
-        parts = [ClientData(config, index, data).indices["test"].tolist() for index in range(3)]
-        assert parts == [[0, 1, 2], [3, 4], [5, 6]]
-
-    def test_a_batch_is_a_slice_of_its_epochs_permutation(self) -> None:
-        config = config_of(schedule__clients=2, train__batch_size=4, train__local_epochs=3, data__val_fraction=0)
-        client = ClientData(config, 1, numbered_data(20))
-        assert (client.steps_per_epoch, client.steps_per_round) == (3, 9)
-        train = client.indices["train"]
-        for step in range(9):
-            order = train[permutation(10, 0, "order", 1, 7, step // 3)]
-            x, y = client.train_batch(7, step)
-            expected = order[step % 3 * 4 : step % 3 * 4 + 4]
-            assert x[:, 0].tolist() == expected.tolist()
-            assert y.tolist() == (expected % 10).tolist()
-
-    def test_a_replay_may_start_in_the_middle(self) -> None:
-        config = config_of(train__local_epochs=2, schedule__clients=1, data__val_fraction=0)
-        data = numbered_data(100)
-        forward, backward = ClientData(config, 0, data), ClientData(config, 0, data)
-        places = [(round, step) for round in range(2) for step in range(forward.steps_per_round)]
-        batches = {place: forward.train_batch(*place) for place in places}
-        for place in reversed(places):
-            assert all(map(torch.equal, backward.train_batch(*place), batches[place]))
-
-    def test_each_epoch_shows_every_sample_once(self) -> None:
-        config = config_of(train__batch_size=7, schedule__clients=1)
-        client = ClientData(config, 0, numbered_data(50))
-        seen = torch.cat([client.train_batch(0, step)[0] for step in range(client.steps_per_round)])
-        assert sorted(seen[:, 0].int().tolist()) == sorted(client.indices["train"].tolist())
-
-    def test_a_step_beyond_the_round_is_refused(self) -> None:
-        client = ClientData(config_of(schedule__clients=1), 0, numbered_data(32))
-        with pytest.raises(IndexError, match="step 1 of a round of 1 steps"):
-            client.train_batch(0, 1)
-
-    def test_evaluation_goes_through_a_part_in_order(self) -> None:
-        config = config_of(train__batch_size=4, schedule__clients=1, data__val_fraction=0.5)
-        client = ClientData(config, 0, numbered_data(12, n_test=9))
-        validation = torch.cat([x for x, _ in client.eval_batches("validation")])
-        assert validation[:, 0].tolist() == client.indices["validation"].tolist()
-        assert [len(x) for x, _ in client.eval_batches("test")] == [4, 4, 1]
-        assert client.batches("test") == 3
-
-    def test_a_part_without_samples_has_no_batches(self) -> None:
-        client = ClientData(config_of(schedule__clients=1, data__val_fraction=0), 0, numbered_data(4))
-        assert list(client.eval_batches("validation")) == []
-
-    def test_all_ways_to_hold_the_same_data_give_the_same_batches(self, digits: Data) -> None:
-        config = config_of(schedule__clients=4)
-        as_own = Own(*(digits.train[i] for i in range(len(digits.train))))
-        own = from_datasets(as_own, digits.test)
-        for step in (0, 5):
-            one, other = (ClientData(config, 2, data).train_batch(1, step) for data in (digits, own))
-            assert all(map(torch.equal, one, other))
-
-    @pytest.mark.parametrize("index", [-1, 4])
-    def test_a_client_index_out_of_range_is_refused(self, index: int) -> None:
-        with pytest.raises(ConfigError, match=rf"There is no client {index}: with schedule\.clients = 4 .* 0 to 3\."):
-            ClientData(Config(), index, numbered_data(40))
-
-    def test_too_few_classes_are_refused_at_once_where_they_are_known(self, digits: Data) -> None:
-        with pytest.raises(ConfigError) as caught:
-            ClientData(config_of(model__num_classes=7), 0, digits)
-        assert str(caught.value) == (
-            "model.num_classes = 7 is too small, the data has 10 classes: set model.num_classes = 10."
-        )
-
-    def test_too_few_classes_are_refused_at_the_first_label_where_they_are_not(self) -> None:
-        own = Own((torch.zeros(2), 12))
-        client = ClientData(config_of(schedule__clients=1), 0, from_datasets(own, own))
-        with pytest.raises(ConfigError, match=r"the data has the label 12: set model\.num_classes to 13 or more"):
-            client.train_batch(0, 0)
-
-    def test_a_negative_label_is_refused(self) -> None:
-        own = Own((torch.zeros(2), -1))
-        client = ClientData(config_of(schedule__clients=1), 0, from_datasets(own, own))
-        with pytest.raises(ConfigError, match="The data has the label -1: number its classes from 0"):
-            client.train_batch(0, 0)
-
-
-class Slow(Dataset[Any]):
-    """Samples that take a millisecond of a clock of their own each; `asked` says in which thread each was loaded."""
-
-    def __init__(self, samples: int, seconds: float = 0.001, draw: bool = False) -> None:
-        self.samples, self.seconds, self.draw = samples, seconds, draw
-        self.asked: list[tuple[int, str]] = []
-        self.now = 0.0
-        self.broken = -1
-
-    def __len__(self) -> int:
-        return self.samples
-
-    def __getitem__(self, index: int) -> Any:
-        self.now += self.seconds
-        self.asked.append((index, threading.current_thread().name))
-        if index == self.broken:
-            raise DataError(f"sample {index} is damaged")
-        return torch.rand(1) if self.draw else torch.full((1,), float(index)), 0
-
-    def ahead(self) -> list[int]:
-        """Return the samples that were loaded ahead."""
-        return [index for index, thread in self.asked if thread.startswith("zsplit-data")]
-
-
-@contextmanager
-def prefetch(dataset: Slow, rounds: int = 2) -> Iterator[tuple[Prefetch, ClientData]]:
-    """Yield the mini-batches of a client that has all samples, ahead and not, two samples in each."""
-    config = config_of(schedule__clients=1, data__val_fraction=0, train__batch_size=2)
-    data = Data(dataset, dataset, (1,), 1)
-    ahead = Prefetch(ClientData(config, 0, data), rounds, lambda: dataset.now)
-    try:
-        yield ahead, ClientData(config, 0, numbered_data(dataset.samples))
-    finally:
-        ahead.close()
-
-
-class TestPrefetch:
-    def test_the_batches_are_those_of_the_client_in_any_order(self) -> None:
-        places = [(0, 0), (0, 1), (0, 2), (1, 0), (1, 2), (1, 1), (0, 1), (0, 1), (1, 2)]
-        with prefetch(Slow(6)) as (ahead, plain):
-            for place in places:
-                assert torch.equal(ahead.train_batch(*place)[0], plain.train_batch(*place)[0])
-
-    def test_the_next_batch_is_loaded_in_a_thread_over_the_end_of_a_round_too(self) -> None:
-        with prefetch(dataset := Slow(4)) as (ahead, plain):
-            for round, step in ((0, 0), (0, 1), (1, 0), (1, 1)):
-                ahead.train_batch(round, step)
-            expected = [plain.train_batch(*place)[0][:, 0].tolist() for place in ((0, 1), (1, 0), (1, 1))]
-        assert dataset.ahead() == [index for batch in expected for index in batch]
-        assert len(dataset.asked) == 8
-
-    def test_nothing_is_loaded_behind_the_last_round(self) -> None:
-        with prefetch(dataset := Slow(2), rounds=1) as (ahead, _):
-            ahead.train_batch(0, 0)
-        assert len(dataset.asked) == 2
-
-    def test_what_loads_at_once_is_not_loaded_ahead(self) -> None:
-        with prefetch(dataset := Slow(6, seconds=0.0001)) as (ahead, _):
-            for step in range(3):
-                ahead.train_batch(0, step)
-        assert dataset.ahead() == []
-
-    def test_what_draws_from_torchs_generator_is_not_loaded_ahead(self) -> None:
-        with prefetch(dataset := Slow(6, draw=True)) as (ahead, _):
-            for step in range(3):
-                ahead.train_batch(0, step)
-        assert dataset.ahead() == []
-
-    def test_an_error_is_raised_where_its_batch_is_asked_for(self) -> None:
-        with prefetch(dataset := Slow(4)) as (ahead, plain):
-            dataset.broken = int(plain.train_batch(0, 1)[0][0, 0])
-            ahead.train_batch(0, 0)
-            with pytest.raises(DataError, match=f"sample {dataset.broken} is damaged"):
-                ahead.train_batch(0, 1)
-
-    def test_an_error_in_a_batch_that_nobody_asks_for_is_nobodys(self) -> None:
-        with prefetch(dataset := Slow(4)) as (ahead, plain):
-            dataset.broken = int(plain.train_batch(0, 1)[0][0, 0])
-            ahead.train_batch(0, 0)
-            dataset.broken = -1
-            assert torch.equal(ahead.train_batch(0, 0)[0], plain.train_batch(0, 0)[0])
-
-    def test_the_thread_ends_when_it_is_closed(self) -> None:
-        with prefetch(Slow(4)) as (ahead, _):
-            ahead.train_batch(0, 0)
-            ahead.train_batch(0, 1)
-        for thread in threading.enumerate():
-            if thread.name.startswith("zsplit-data"):
-                thread.join(10)
-        assert not [thread for thread in threading.enumerate() if thread.name.startswith("zsplit-data")]

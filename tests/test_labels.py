@@ -20,7 +20,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import Dataset, TensorDataset
 
 from zsplit import from_datasets, load_config
-from zsplit.data import ClientData, Data, gather, labels_of, without_labels
+from zsplit.data import ClientData, Data, Labels, gather, labels_of, unlabelled
 from zsplit.data.images import Pixels, Scale
 from zsplit.errors import ConfigError, DataError, RemoteProtocolError
 from zsplit.launch import Result
@@ -289,7 +289,7 @@ def test_what_labels_and_ends_allow_is_taken(keys: dict[str, Any]) -> None:
     assert config_of(**keys).train.labels == keys["train__labels"]
 
 
-BOOK = LabelBook(from_datasets(TensorDataset(*images(70)), TensorDataset(*images(22, seed=1)), classes=10))
+BOOK = LabelBook(Labels(images(70)[1], images(22, seed=1)[1]))
 TURN = Turn(lease=Lease(1, 1), client=3, server=0, base=Ref("", "broker"), plan=Plan("pool"), round=0, first=0, count=1)
 EVALUATE = Evaluate(
     lease=Lease(1, 1), client=3, server=0, base=Ref("", "broker"), plan=Plan("pool"), round=0, part="test"
@@ -343,7 +343,7 @@ def test_what_is_no_list_of_sample_ids_is_refused(tensors: dict[str, Tensor]) ->
 def test_labels_below_zero_are_refused_at_the_server() -> None:
     data = from_datasets(TensorDataset(torch.ones(2, 4), torch.tensor([0, -2])), TensorDataset(*images(22)), classes=10)
     with pytest.raises(DataError, match="The server's data has the label -2: number its classes from 0"):
-        LabelBook(data).join(TURN, incoming(ids=torch.tensor([0, 1])))
+        LabelBook(Labels.of(data)).join(TURN, incoming(ids=torch.tensor([0, 1])))
 
 
 def test_a_server_without_the_data_says_what_it_needs_them_for(processes: Processes) -> None:
@@ -355,7 +355,7 @@ def test_a_server_without_the_data_says_what_it_needs_them_for(processes: Proces
     assert server.wait() == 2
     broker.signal(signal.SIGTERM)
     assert server.err[-1] == (
-        'zsplit: train.labels = "server" asks for the data at the server: mnist needs a folder with '
+        'zsplit: train.labels = "server" asks for the labels at the server: mnist needs a folder with '
         "MNIST/raw/train-images-idx3-ubyte, train-labels-idx1-ubyte, t10k-images-idx3-ubyte and "
         "t10k-labels-idx1-ubyte, as they are or .gz: set data.path to it."
     )
@@ -375,11 +375,11 @@ def test_a_client_of_labels_at_the_server_has_none() -> None:
     pairs = TensorDataset(torch.ones(4, 2), torch.arange(4))
     pixels = Pixels(torch.zeros(5, 1, 2, 2, dtype=torch.uint8), torch.arange(5), Scale(1.0, (0.0,), (1.0,)))
     for dataset in (Listed(), pairs, pixels):
-        bare = without_labels(Data(dataset, dataset, (2,), 5)).train
+        bare = unlabelled(Data(dataset, dataset, (2,), 5)).train
         ids = torch.tensor([2, 0])
         (x, y), (expected, labels) = gather(bare, ids), gather(dataset, ids)
         assert torch.equal(x, expected)
-        assert torch.equal(labels_of(dataset, ids), labels)
+        assert torch.equal(labels_of(dataset)[ids], labels)
         assert (y.tolist(), len(bare)) == ([-1, -1], len(dataset))
 
 

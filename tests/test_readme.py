@@ -164,7 +164,8 @@ def test_the_dependency_table_is_that_of_the_project() -> None:
 
 def test_every_purpose_of_a_seed_is_in_the_architecture() -> None:
     used = {purpose for path in SOURCES for purpose in re.findall(r'\bderive\([^"]*?"(\w+)"', text_of(path))}
-    used |= set(re.findall(r'_permutation\([^"]*?"(\w+)"', text_of(ROOT / "zsplit/data/client.py")))
+    dealt = (text_of(path) for path in (ROOT / "zsplit/data").glob("*.py"))
+    used |= {purpose for text in dealt for purpose in re.findall(r'\bpermutation\([^"]*?"(\w+)"', text)}
     section = text_of(ARCHITECTURE).partition("## 9.")[2].partition("## 10.")[0]
     assert set(re.findall(r"^\| `(\w+)` \|", section, re.MULTILINE)) == used
 

@@ -11,6 +11,7 @@ import click
 from zsplit.after_cli import eval_command, export, predict
 from zsplit.config import keys, load_config
 from zsplit.cuts_cli import cuts
+from zsplit.data_cli import data
 from zsplit.errors import RunFailedError, ZsplitError
 from zsplit.options import allow_option, json_option, set_option
 from zsplit.planning_cli import plan, profile
@@ -46,7 +47,7 @@ def cli(debug: bool) -> None:
     """
 
 
-for command in (broker, cuts, plan, profile, eval_command, predict, export, compare, sweep):
+for command in (broker, cuts, data, plan, profile, eval_command, predict, export, compare, sweep):
     cli.add_command(command)
 
 

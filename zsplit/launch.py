@@ -116,9 +116,9 @@ def _objects(config: Config, model: "nn.Module | None", data: "Data | None") -> 
     """Return a script's objects by the role that they are for: clients get no labels that live at the server."""
     theirs = data
     if data is not None and config.train.labels == "server":
-        from zsplit.data import without_labels
+        from zsplit.data import unlabelled
 
-        theirs = without_labels(data)
+        theirs = unlabelled(data)
     return {"server": _pickled(model, data), "client": _pickled(model, theirs)}
 
 

@@ -175,7 +175,7 @@ class _Here:
 
         self.config, self.role = config, role
         self.section = config.client if role == "client" else config.server
-        self.data = ClientData(config, 0, open_data(config))
+        self.data = ClientData(config, 0, open_data(config, allow))
         self.workshop = Workshop(config, sample_shape(config), choose_device(self.section.device), None, allowed=allow)
         self.steps = self.data.steps_per_round
         self.batch = min(config.train.batch_size, self.data.size("train"))

@@ -9,11 +9,8 @@ from torch import Tensor
 from zsplit.config import Config
 from zsplit.data.fake import DEVIATION, MEAN
 from zsplit.data.images import Scale
-from zsplit.data.sources import CIFAR10, DIGITS, IMAGENET, MNIST
+from zsplit.data.sources import SCALES, normalized
 from zsplit.errors import ConfigError, DataError
-
-SCALES = {"digits": DIGITS, "mnist": MNIST, "cifar10": CIFAR10, "imagefolder": IMAGENET}
-"""How each dataset's pixels became numbers."""
 
 MODES = {1: "L", 3: "RGB"}
 """Pillow's name of an image of 8 bits with so many channels."""
@@ -26,13 +23,13 @@ def scale_of(config: Config, channels: int) -> Scale:
     """
     name = config.data.name
     if name == "fake":
-        return Scale(1.0, (float(MEAN),) * channels, (DEVIATION,) * channels)
+        return normalized(config, Scale(1.0, (float(MEAN),) * channels, (DEVIATION,) * channels))
     if name not in SCALES:
         raise ConfigError(
             f'data.name = "{name}" does not say how images are scaled: read and scale them as the run\'s script does, '
             "and ask the model that `zsplit export` writes."
         )
-    return replace(SCALES[name], full=255.0)
+    return normalized(config, replace(SCALES[name], full=255.0))
 
 
 def read_images(paths: list[Path], shape: tuple[int, ...], scale: Scale, resize: bool) -> Tensor:

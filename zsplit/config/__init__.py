@@ -13,7 +13,7 @@ from typing import Any
 import msgspec
 import tomli_w
 
-from zsplit.config import rules
+from zsplit.config import datasets, rules
 from zsplit.config.keys import KeyDoc, checked, keys, nearest_section, table, takes_only_text
 from zsplit.config.sections import (
     SECTIONS,
@@ -68,7 +68,9 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         for key, value in _values(self).items():
             checked(key, value)
         contradictions = chain(
-            rules.in_data(self.data),
+            datasets.in_names(self.data),
+            datasets.in_partition(self.data, self.schedule.clients),
+            datasets.in_augment(self.data, self.model.input),
             rules.in_training(self.train),
             rules.in_rates(self.train),
             rules.in_schedule(self.schedule, self.run),

@@ -39,16 +39,6 @@ def in_training(train: TrainSection) -> Iterator[str]:
         )
 
 
-def in_data(data: DataSection) -> Iterator[str]:
-    """Keys of made-up data."""
-    for key in ("shape", "classes", "samples"):
-        if data.name != "fake" and getattr(data, key) != getattr(DataSection(), key):
-            yield (
-                f"data.{key} = {as_toml(getattr(data, key))} means nothing for data.name = {as_toml(data.name)}: "
-                'leave it out, or set data.name = "fake".'
-            )
-
-
 def in_rates(train: TrainSection) -> Iterator[str]:
     """Learning rates over the epochs."""
     schedule, unset = as_toml(train.lr_schedule), TrainSection()

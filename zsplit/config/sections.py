@@ -8,8 +8,7 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta
 
-Dataset = Literal["digits", "mnist", "cifar10", "imagefolder", "fake", "own"]
-Partition = Literal["iid"]
+Normalize = Literal["dataset", "half", "none"]
 Optimizer = Literal["sgd", "adam", "adamw"]
 Policy = Literal["parallel", "round_robin", "async"]
 Weighting = Literal["samples", "uniform"]
@@ -100,11 +99,28 @@ class ModelSection(Section, frozen=True):
 class DataSection(Section, frozen=True):
     """The samples and who has which."""
 
-    name: Annotated[Dataset, _is("the dataset; `own`: objects that a Python script hands over")] = "digits"
+    name: Annotated[
+        str, _is("the dataset, or `package.module:function`; `own`: objects that a Python script hands over")
+    ] = "digits"
     path: Annotated[
         str, _is("folder with the dataset's files on each client, and on a server that has the labels; `~` is home")
     ] = ""
-    partition: Annotated[Partition, _is("how the training samples are dealt out to the clients")] = "iid"
+    download: Annotated[bool, _is("fetch original files that are missing from `data.path`")] = False
+    partition: Annotated[
+        str,
+        _is(
+            "who has which training samples: `iid`, `replicate`, `dirichlet:alpha=0.5`, `shards:k=2`, "
+            "`quantity:alpha=0.5`, `labels:[[0,1],[2,3]]` or `file:PATH`"
+        ),
+    ] = "iid"
+    augment: Annotated[
+        str, _is("random changes of training images: `none`, `flip`, `crop:pad=4+flip`, `resized_crop+flip`")
+    ] = "none"
+    normalize: Annotated[
+        Normalize, _is("pixels less mean, over deviation: the dataset's own, `half` for both, or only brought to 0…1")
+    ] = "dataset"
+    train_size: Annotated[CountOr0, _is("training samples that are used, drawn at random; 0: all")] = 0
+    test_size: Annotated[CountOr0, _is("test samples that are used, drawn at random; 0: all")] = 0
     shape: Annotated[tuple[Count, ...], _is("shape of a sample, channels first (`fake`)")] = (3, 32, 32)
     classes: Annotated[Count, _is("number of classes (`fake`)")] = 10
     samples: Annotated[Count, _is("training samples, a tenth as many to test (`fake`)")] = 1000

@@ -14,11 +14,16 @@ import torch
 from torch import Tensor
 
 from zsplit.config import Config
+from zsplit.config.augment import parse_augment
+from zsplit.config.partition import Replicate, parse_partition
+from zsplit.data.augment import draws_of
 from zsplit.data.images import Data, gather
+from zsplit.data.labels import labels_of
+from zsplit.data.partition import permutation, shards
 from zsplit.errors import ConfigError
-from zsplit.seeds import derive
 
 Part = Literal["train", "validation", "test"]
+EvalPart = Literal["validation", "test"]
 Place = tuple[int, int]
 """Round and step."""
 
@@ -28,48 +33,43 @@ WORTHWHILE = 0.001
 """Seconds from which on loading a mini-batch ahead gains more than it costs."""
 
 
-def iid(config: Config, n_samples: int) -> list[Tensor]:
-    """Return the samples in random order, cut into parts whose sizes differ by one at most."""
-    order = _permutation(n_samples, config.run.seed, "partition")
-    return list(order.tensor_split(config.schedule.clients))
+def indices_of(config: Config, client: int, shard: Tensor, n_test: int) -> dict[Part, Tensor]:
+    """Return what a client that has a shard of the training samples trains on, validates on and tests on.
 
-
-PARTITIONS: dict[str, Callable[[Config, int], list[Tensor]]] = {"iid": iid}
-
-
-def shards(config: Config, n_samples: int) -> list[Tensor]:
-    """Return the indices of each client's training samples, in the order that the partition gives them.
-
-    Raises `ConfigError` where a client is left without a sample.
+    `validation` is the head of a permutation of the shard; test samples are dealt out in order. Where all have all
+    samples, they hold the same ones out and each evaluates its share: nobody trains on what another validates on.
     """
-    parts = PARTITIONS[config.data.partition](config, n_samples)
-    for client, part in enumerate(parts):
-        if not len(part):
-            raise ConfigError(
-                f"schedule.clients = {len(parts)} leaves client {client} without a sample: there are "
-                f"{n_samples} training samples, take {n_samples} clients at most."
-            )
-    return parts
+    seed, n_validation = config.run.seed, math.floor(config.data.val_fraction * len(shard))
+    if isinstance(parse_partition(config.data.partition), Replicate):
+        order = permutation(len(shard), seed, "validation")
+        mine = order[:n_validation].tensor_split(config.schedule.clients)[client]
+    else:
+        order = permutation(len(shard), seed, "validation", client)
+        mine = order[:n_validation]
+    test = torch.arange(n_test).tensor_split(config.schedule.clients)[client]
+    return {"train": shard[order[n_validation:]], "validation": shard[mine], "test": test}
 
 
 class ClientData:
     """The part of the data that client `index` trains, validates and tests on, and its batches.
 
-    `indices` holds the positions in the training set (`train`, `validation`) and in the test set (`test`).
-    Raises `ConfigError` where there is no such client, it has no sample, or `model.num_classes` is too small.
+    `indices` holds the positions in the training set (`train`, `validation`) and in the test set (`test`): the ids of
+    the samples. With `labels_known=False` the labels are not here, and no batch says what they are. Raises
+    `ConfigError` where there is no such client, it has no sample, the partition needs labels that are not known, or
+    `model.num_classes` is too small.
     """
 
-    def __init__(self, config: Config, index: int, data: Data) -> None:
+    def __init__(self, config: Config, index: int, data: Data, labels_known: bool = True) -> None:
         clients = config.schedule.clients
         if not 0 <= index < clients:
             raise ConfigError(
                 f"There is no client {index}: with schedule.clients = {clients} they are 0 to {clients - 1}."
             )
         _check_classes(config, data)
-        self.index, self._config, self._data = index, config, data
-        train, validation = self._split(shards(config, len(data.train))[index])
-        test = torch.arange(len(data.test)).tensor_split(clients)[index]
-        self.indices: dict[Part, Tensor] = {"train": train, "validation": validation, "test": test}
+        self.index, self._config, self._data, self._labels_known = index, config, data, labels_known
+        self._changes = parse_augment(config.data.augment)
+        labels = (lambda: labels_of(data.train)) if labels_known else None
+        self.indices = indices_of(config, index, shards(config, len(data.train), labels)[index], len(data.test))
         self._order: tuple[tuple[int, int], Tensor] | None = None
 
     @property
@@ -90,41 +90,43 @@ class ClientData:
         """Return the number of batches of `train.batch_size` that the part makes up."""
         return math.ceil(self.size(part) / self._config.train.batch_size)
 
-    def train_batch(self, round: int, step: int) -> tuple[Tensor, Tensor]:
-        """Return the mini-batch of a step, counted over all local epochs: x of shape (B, …), y of shape (B,).
+    def train_ids(self, round: int, step: int) -> Tensor:
+        """Return which training samples are the mini-batch of a step, counted over all local epochs, shape (B,).
 
         Raises `IndexError` for a step that the round does not have.
         """
-        return self._gather("train", self.train_ids(round, step))
-
-    def train_ids(self, round: int, step: int) -> Tensor:
-        """Return the positions (B,) in the training set of a step's samples. Raises `IndexError` as `train_batch`."""
         if not 0 <= step < self.steps_per_round:
             raise IndexError(f"step {step} of a round of {self.steps_per_round} steps")
         epoch, position = divmod(step, self.steps_per_epoch)
         return self._batch(self._epoch_order(round, epoch), position)
 
-    def eval_batches(self, part: Literal["validation", "test"]) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield the part's batches in fixed order."""
-        for ids in self.eval_ids(part):
-            yield self._gather(part, ids)
+    def train_batch(self, round: int, step: int) -> tuple[Tensor, Tensor]:
+        """Return the mini-batch of a step, changed as `data.augment` says: x of shape (B, …), y of shape (B,).
 
-    def eval_ids(self, part: Literal["validation", "test"]) -> Iterator[Tensor]:
-        """Yield each batch's positions (B,) in the training set (`validation`) or in the test set (`test`)."""
+        Raises `IndexError` for a step that the round does not have.
+        """
+        ids = self.train_ids(round, step)
+        epoch = step // self.steps_per_epoch
+        draws = draws_of(self._changes, self._config.run.seed, self.index, round, epoch, ids.tolist())
+        return self._checked(gather(self._data.train, ids, draws))
+
+    def eval_ids(self, part: EvalPart) -> Iterator[Tensor]:
+        """Yield which samples are in the part's batches: of the training set for `validation`, else of the test set."""
         for position in range(self.batches(part)):
             yield self._batch(self.indices[part], position)
 
-    def _split(self, shard: Tensor) -> tuple[Tensor, Tensor]:
-        n_validation = math.floor(self._config.data.val_fraction * len(shard))
-        order = _permutation(len(shard), self._config.run.seed, "validation", self.index)
-        return shard[order[n_validation:]], shard[order[:n_validation]]
+    def eval_batches(self, part: EvalPart) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield the part's batches in fixed order, that of `eval_ids`."""
+        dataset = self._data.test if part == "test" else self._data.train
+        for ids in self.eval_ids(part):
+            yield self._checked(gather(dataset, ids))
 
     def _epoch_order(self, round: int, epoch: int) -> Tensor:
         # Read once: another thread may be fetching for another epoch.
         known = self._order
         if known is None or known[0] != (round, epoch):
             train = self.indices["train"]
-            order = _permutation(len(train), self._config.run.seed, "order", self.index, round, epoch)
+            order = permutation(len(train), self._config.run.seed, "order", self.index, round, epoch)
             known = self._order = ((round, epoch), train[order])
         return known[1]
 
@@ -132,11 +134,10 @@ class ClientData:
         size = self._config.train.batch_size
         return indices[position * size : (position + 1) * size]
 
-    def _gather(self, part: Part, ids: Tensor) -> tuple[Tensor, Tensor]:
-        x, y = gather(self._data.test if part == "test" else self._data.train, ids)
-        if self._config.train.labels != "server":  # there a client has no labels
-            _check_labels(self._config, y)
-        return x, y
+    def _checked(self, batch: Batch) -> Batch:
+        if self._labels_known:
+            _check_labels(self._config, batch[1])
+        return batch
 
 
 class Prefetch:
@@ -184,10 +185,6 @@ class Prefetch:
         if step + 1 < self._data.steps_per_round:
             return round, step + 1
         return (round + 1, 0) if round + 1 < self._rounds else None
-
-
-def _permutation(n: int, seed: int, purpose: str, *parts: int) -> Tensor:
-    return torch.randperm(n, generator=torch.Generator().manual_seed(derive(seed, purpose, *parts)))
 
 
 def _check_classes(config: Config, data: Data) -> None:

@@ -5,13 +5,15 @@ for its batches and not for the whole set.
 """
 
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset, TensorDataset
 
+from zsplit.data.augment import Draws
 from zsplit.errors import DataError
 
 
@@ -37,17 +39,59 @@ class Scale:
         return pixels.to(torch.float32).div_(self.full).sub_(mean).div_(std)
 
 
-class Pixels(Dataset[tuple[Tensor, int]]):
-    """Images in memory: `pixels` of shape (N, C, H, W) and type uint8, `labels` of shape (N,) and type int64."""
+class Images(Dataset[tuple[Tensor, int]]):
+    """Images of one shape: `labels` of shape (N,) and type int64, and the scale that makes pixels into numbers."""
 
-    def __init__(self, pixels: Tensor, labels: Tensor, scale: Scale) -> None:
-        self.pixels, self.labels, self.scale = pixels, labels, scale
+    def __init__(self, labels: Tensor, scale: Scale) -> None:
+        self.labels, self.scale = labels, scale
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        return self.scale(self.pixels[index]), int(self.labels[index])
+        x, y = self.batch(torch.tensor([index]))
+        return x[0], int(y[0])
+
+    def batch(self, indices: Tensor, draws: Draws | None = None) -> tuple[Tensor, Tensor]:
+        """Return the samples of the given indices, shape (B,), changed as drawn: x (B, C, H, W), y (B,)."""
+        pixels = self.read(indices, draws)
+        return self.scale(draws.apply(pixels) if draws else pixels), self.labels[indices]
+
+    def scaled(self, scale: Scale) -> Self:
+        """Return the same images under another scale."""
+        other = copy(self)
+        other.scale = scale
+        return other
+
+    def labelled(self, labels: Tensor) -> Self:
+        """Return the same images under other labels."""
+        other = copy(self)
+        other.labels = labels
+        return other
+
+    def read(self, indices: Tensor, draws: Draws | None) -> Tensor:
+        """Return the pixels of the given indices, shape (B, C, H, W), uint8."""
+        raise NotImplementedError
+
+    def part(self, indices: Tensor) -> "Images":
+        """Return the images of the given indices alone."""
+        raise NotImplementedError
+
+
+class Pixels(Images):
+    """Images in memory: `pixels` of shape (N, C, H, W) and type uint8."""
+
+    def __init__(self, pixels: Tensor, labels: Tensor, scale: Scale) -> None:
+        super().__init__(labels, scale)
+        self.pixels = pixels
+
+    def read(self, indices: Tensor, draws: Draws | None) -> Tensor:  # noqa: ARG002  (they are whole as they lie)
+        """Return the pixels of the given indices, shape (B, C, H, W), uint8."""
+        return self.pixels[indices]
+
+    def part(self, indices: Tensor) -> "Pixels":
+        """Return the images of the given indices alone."""
+        return Pixels(self.pixels[indices], self.labels[indices], self.scale)
 
 
 @dataclass(frozen=True)
@@ -75,22 +119,24 @@ def from_datasets(train: Samples, test: Samples, classes: int | None = None) -> 
     return Data(train, test, tuple(x.shape[1:]), known)
 
 
-def gather(dataset: Samples, indices: Tensor) -> tuple[Tensor, Tensor]:
+def gather(dataset: Samples, indices: Tensor, draws: Draws | None = None) -> tuple[Tensor, Tensor]:
     """Return the samples of the given indices, shape (B,), as x of shape (B, …) and y of shape (B,), int64.
 
-    Raises `DataError` where a sample is no pair (tensor, label) or differs from the others in shape.
+    `draws` says what happens to them at random. Raises `DataError` where a sample is no pair (tensor, label), differs
+    from the others in shape, or is no image that could be changed.
     """
+    if isinstance(dataset, Images):
+        return dataset.batch(indices, draws)
     match dataset:
-        case Pixels(pixels=pixels, labels=labels, scale=scale):
-            return scale(pixels[indices]), labels[indices]
         case TensorDataset(tensors=(x, y)):
-            return x[indices], y[indices].to(torch.int64)
+            x, y = x[indices], y[indices].to(torch.int64)
         case _:
-            return _stacked(dataset, indices.tolist())
+            x, y = _stacked(dataset, indices.tolist())
+    return (draws.apply(x) if draws else x), y
 
 
 def _stacked(dataset: Samples, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
-    samples = [_sample(dataset, index) for index in indices]
+    samples = [sample_of(dataset, index) for index in indices]
     for index, (x, _) in zip(indices, samples, strict=True):
         if x.shape != samples[0][0].shape:
             raise DataError(
@@ -100,7 +146,8 @@ def _stacked(dataset: Samples, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
     return torch.stack([x for x, _ in samples]), torch.tensor([y for _, y in samples], dtype=torch.int64)
 
 
-def _sample(dataset: Samples, index: int) -> tuple[Tensor, int]:
+def sample_of(dataset: Samples, index: int) -> tuple[Tensor, int]:
+    """Return one sample. Raises `DataError` where it is no pair (tensor, label)."""
     match dataset[index]:
         case (Tensor() as x, int() | Tensor(shape=()) as y):
             return x, int(y)

@@ -1,52 +1,33 @@
-"""Labels apart from their samples: for a server that has them, and for clients that are to have none."""
+"""Labels apart from the images: read alone for a server that joins them by sample, or left out for its clients."""
 
-from typing import cast
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, TensorDataset
+from torch.utils.data import Dataset, Subset, TensorDataset
 
-from zsplit.data.images import Data, Pixels, Samples
-from zsplit.data.sources import Folder
+from zsplit.data.images import Data, Images, Samples, sample_of
 
 UNKNOWN = -1
-"""Stands in the place of a label that this peer does not have."""
+"""The label of a sample whose label is not here."""
 
 
-def labels_of(dataset: Samples, ids: Tensor) -> Tensor:
-    """Return the labels (B,), int64, of the samples at these positions (B,), without the inputs where that can be."""
-    match dataset:
-        case Pixels(labels=labels):
-            return labels[ids]
-        case TensorDataset(tensors=(_, labels)):
-            return labels[ids].to(torch.int64)
-        case Folder(samples=samples):
-            return torch.tensor([samples[index][1] for index in ids.tolist()])
-        case _:
-            return torch.tensor([int(dataset[index][1]) for index in ids.tolist()])
+@dataclass(frozen=True)
+class Labels:
+    """The labels of all training and of all test samples, each of shape (N,) and type int64."""
 
+    train: Tensor
+    test: Tensor
 
-def without_labels(data: Data) -> Data:
-    """Return the same samples, each with the label −1."""
-    return Data(_unlabelled(data.train), _unlabelled(data.test), data.shape, data.classes)
-
-
-def _unlabelled(dataset: Samples) -> Samples:
-    match dataset:
-        case Pixels(pixels=pixels, scale=scale):
-            return Pixels(pixels, _unknown(len(pixels)), scale)
-        case TensorDataset(tensors=(inputs, _)):
-            return cast(Samples, TensorDataset(inputs, _unknown(len(inputs))))
-        case _:
-            return Unlabelled(dataset)
-
-
-def _unknown(count: int) -> Tensor:
-    return torch.full((count,), UNKNOWN)
+    @classmethod
+    def of(cls, data: Data) -> "Labels":
+        """Return the labels of these samples."""
+        return cls(labels_of(data.train), labels_of(data.test))
 
 
 class Unlabelled(Dataset[tuple[Tensor, int]]):
-    """A dataset that keeps what it knows of its labels to itself."""
+    """Samples whose labels are dropped as soon as they are read."""
 
     def __init__(self, dataset: Samples) -> None:
         self._dataset = dataset
@@ -55,4 +36,36 @@ class Unlabelled(Dataset[tuple[Tensor, int]]):
         return len(self._dataset)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        return self._dataset[index][0], UNKNOWN
+        return sample_of(self._dataset, index)[0], UNKNOWN
+
+
+def labels_of(dataset: Samples) -> Tensor:
+    """Return all labels, shape (N,), int64: where nothing else tells them, every sample is read."""
+    match dataset:
+        case Images(labels=labels):
+            return labels
+        case TensorDataset(tensors=(_, labels)):
+            return labels.to(torch.int64)
+        case Subset():
+            inner: Any = dataset.dataset
+            return labels_of(inner)[torch.as_tensor(dataset.indices)]
+    targets = getattr(dataset, "targets", None)
+    if targets is None or getattr(dataset, "target_transform", None) is not None:
+        targets = [sample_of(dataset, index)[1] for index in range(len(dataset))]
+    return torch.as_tensor(targets, dtype=torch.int64)
+
+
+def without_labels(dataset: Samples) -> Samples:
+    """Return the same samples, each with the label −1."""
+    match dataset:
+        case Images(labels=labels):
+            return dataset.labelled(torch.full_like(labels, UNKNOWN))
+        case TensorDataset(tensors=(x, labels)):
+            return TensorDataset(x, torch.full(labels.shape, UNKNOWN))
+        case _:
+            return Unlabelled(dataset)
+
+
+def unlabelled(data: Data) -> Data:
+    """Return the same data without labels."""
+    return replace(data, train=without_labels(data.train), test=without_labels(data.test))

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from zsplit.data import Data, Part, labels_of
+from zsplit.data import Labels, Part
 from zsplit.errors import DataError, RemoteProtocolError
 from zsplit.train.link import Incoming
 from zsplit.wire.messages import Evaluate, Turn
@@ -20,8 +20,8 @@ SETS: Mapping[Part, str] = {"train": "training", "validation": "training", "test
 class LabelBook:
     """The labels of a dataset, looked up by sample id."""
 
-    def __init__(self, data: Data) -> None:
-        self._data = data
+    def __init__(self, labels: Labels) -> None:
+        self._labels = labels
 
     def join(self, job: Turn | Evaluate, event: Incoming) -> Incoming:
         """Return a micro-batch of the job with labels in the place of sample ids.
@@ -39,15 +39,15 @@ class LabelBook:
         return event._replace(tensors={**tensors, "labels": self._look_up(part, ids, job.client)})
 
     def _look_up(self, part: Part, ids: Tensor, client: int) -> Tensor:
-        dataset = self._data.test if part == "test" else self._data.train
+        known = self._labels.test if part == "test" else self._labels.train
         lowest, highest = (int(each) for each in ids.aminmax())
-        if lowest < 0 or highest >= len(dataset):
+        if lowest < 0 or highest >= len(known):
             wrong = lowest if lowest < 0 else highest
             raise DataError(
-                f"Client {client} sent the sample id {wrong}, and the server's {SETS[part]} set has {len(dataset)} "
+                f"Client {client} sent the sample id {wrong}, and the server's {SETS[part]} set has {len(known)} "
                 "samples: give both the same dataset (data.name, data.path)"
             )
-        labels = labels_of(dataset, ids)
+        labels = known[ids]
         if int(labels.min()) < 0:
             raise DataError(f"The server's data has the label {int(labels.min())}: number its classes from 0")
         return labels

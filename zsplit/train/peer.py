@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection
 from torch import nn
 
 from zsplit.config import Config, cut_of, from_json
-from zsplit.data import ClientData, Data, open_data, sample_shape, without_labels
+from zsplit.data import ClientData, Data, Labels, open_data, open_labels, sample_shape, unlabelled
 from zsplit.errors import ConfigError, ZsplitError
 from zsplit.train.client import Client
 from zsplit.train.half import Workshop
@@ -41,7 +41,7 @@ def run_server(
         set_up(config, config.server.threads)
         place = choose_device(device or config.server.device)
         known = data.shape if data else shape
-        labels = LabelBook(data or _data_with_labels(config)) if config.train.labels == "server" else None
+        labels = LabelBook(_labels_of(config, data, allow)) if config.train.labels == "server" else None
         workshop = Workshop(config, known or sample_shape(config), place, model, allowed=allow)
         server = Server(link, config, workshop, labels)
         say(f"server {link.welcome.index} joined the run at {broker}")
@@ -74,7 +74,7 @@ def run_client(
         config = from_json(link.welcome.config)
         set_up(config, config.client.threads)
         place = choose_device(device or config.client.device)
-        mine = ClientData(config, link.welcome.index, _data_of_a_client(config, data or open_data(config)))
+        mine = _data_of(config, link.welcome.index, data, allow)
         shape = tuple(data.shape) if data else sample_shape(config)
         workshop = Workshop(config, shape, place, model, cut_of(config, link.welcome.index), allow)
         client = Client(link, config, workshop, mine)
@@ -84,16 +84,20 @@ def run_client(
     return _live(link, connect_seconds, work)
 
 
-def _data_of_a_client(config: Config, data: Data) -> Data:
-    return without_labels(data) if config.train.labels == "server" else data
+def _data_of(config: Config, client: int, given: Data | None, allow: Collection[str]) -> ClientData:
+    """Return a client's part of the data, without labels where these are the server's."""
+    labels = config.train.labels != "server"
+    if given is None:
+        return ClientData(config, client, open_data(config, allow, labels), labels)
+    return ClientData(config, client, given if labels else unlabelled(given), labels)
 
 
-def _data_with_labels(config: Config) -> Data:
-    """Return the data for their labels. Raises ConfigError where the server has none."""
+def _labels_of(config: Config, given: Data | None, allow: Collection[str]) -> Labels:
+    """Return the labels of the data. Raises ConfigError where the server has none."""
     try:
-        return open_data(config)
+        return Labels.of(given) if given is not None else open_labels(config, allow)
     except ConfigError as error:
-        raise ConfigError(f'train.labels = "server" asks for the data at the server: {error}') from error
+        raise ConfigError(f'train.labels = "server" asks for the labels at the server: {error}') from error
 
 
 def _live(link: Link, connect_seconds: float, work: Callable[[], str]) -> str:
