@@ -3,6 +3,7 @@
 import gzip
 import hashlib
 import os
+import re
 import sys
 import tarfile
 import tempfile
@@ -35,7 +36,7 @@ from torch.utils.data import Dataset
 from torchvision.transforms import functional
 
 import zsplit.data
-from zsplit.config import Config
+from zsplit.config import Config, augment, partition
 from zsplit.config.datasets import DATASETS, FETCHED
 from zsplit.data import Data, from_datasets, gather, open_data, sample_shape
 from zsplit.data.cifar import CIFAR10, CIFAR100
@@ -44,7 +45,7 @@ from zsplit.data.folder import IMAGENET, centre
 from zsplit.data.images import Pixels
 from zsplit.data.mat import read_mat
 from zsplit.data.mnist import DIGITS, MNIST, read_idx
-from zsplit.data.sources import SOURCES
+from zsplit.data.sources import SCALES, SOURCES
 from zsplit.data.svhn import SVHN
 from zsplit.errors import ConfigError, DataError
 
@@ -115,6 +116,14 @@ class TestNames:
     def test_every_name_of_the_config_is_there(self) -> None:
         assert {*DATASETS} == {*SOURCES, "fake", "own"}
         assert {*FETCHED} == {*ORIGINALS}
+
+    def test_the_page_has_every_name_every_constant_and_every_change(self) -> None:
+        page = (Path(__file__).parents[1] / "docs" / "data.md").read_text(encoding="utf-8")
+        assert all(f"| `{name}` |" in page for name in DATASETS)
+        assert all(f"| `{name}" in page for name in (*partition.FORMS, *augment.FORMS))
+        for name, scale in SCALES.items():
+            (said,) = (line for line in page.splitlines() if line.startswith(f"| `{name}` | ."))
+            assert [float(each) for each in re.findall(r"\.\d+", said)] == [*scale.mean, *scale.std]
 
     def test_own_datasets_cannot_be_opened_by_name(self) -> None:
         with pytest.raises(ConfigError, match=r"stands for datasets that a Python script hands over: start that"):

@@ -1,7 +1,7 @@
 """Downloads: fetched where asked for, checked, never fetched twice; tested against a server on this machine."""
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from conftest import settings
 from formats import pack, write, write_cifar10
 from samples import config_of
 
@@ -143,6 +144,14 @@ def test_nothing_is_fetched_where_nobody_asked(tmp_path: Path) -> None:
 def test_a_complete_folder_needs_no_network(tmp_path: Path) -> None:
     write("svhn", tmp_path)
     assert len(open_data(config_of(data__name="svhn", data__path=str(tmp_path), data__download=True)).train) == 20
+
+
+def test_a_run_fetches_before_its_clients_start(tmp_path: Path, here: Callable[..., Any]) -> None:
+    (tmp_path / "file").write_text("")
+    ending = here("run", *settings("data.name=svhn", "data.download=true", f"data.path={tmp_path}/file/x"))
+    assert ending.code == 2
+    assert ending.err.endswith(f"train_32x32.mat elsewhere and put it at {tmp_path}/file/x/train_32x32.mat.\n")
+    assert not (tmp_path / "runs").exists()
 
 
 @pytest.mark.parametrize("name", ["digits", "fake", "imagefolder", "own"])

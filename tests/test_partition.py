@@ -319,6 +319,12 @@ class TestUnknownLabels:
             "take iid, replicate, quantity or file."
         )
 
+    def test_a_config_with_both_is_refused_before_anything_starts(self) -> None:
+        with pytest.raises(
+            ConfigError, match=r'"shards:k=1" needs labels, which clients do not have under train\.labels'
+        ):
+            config_of(data__partition="shards:k=1", train__labels="server")
+
     @pytest.mark.parametrize("partition", ["iid", "replicate", "quantity:alpha=2"])
     def test_the_others_are_the_same_with_labels_and_without(self, partition: str) -> None:
         config = config_of(data__partition=partition)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import click
 
 from zsplit.config import Config, load_config
+from zsplit.options import allow_option, json_option, set_option
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -36,13 +37,13 @@ class Holding(NamedTuple):
 
 @click.command()
 @click.argument("config", required=False, type=click.Path(path_type=Path))
-@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Set a key; repeatable.")
-@click.option("--allow", "allowed", multiple=True, metavar="MODULE", help="A module of your own that data.name names.")
-@click.option("--json", "as_json", is_flag=True, help="Answer in JSON.")
-def data(config: Path | None, overrides: tuple[str, ...], allowed: tuple[str, ...], as_json: bool) -> None:
+@set_option
+@allow_option
+@json_option
+def data(config: Path | None, overrides: tuple[str, ...], allow: tuple[str, ...], as_json: bool) -> None:
     """Show the samples of each client of CONFIG (none: the digits demo), and how its labels are distributed."""
     settings = load_config(config, overrides)
-    holdings = list_holdings(settings, allowed)
+    holdings = list_holdings(settings, allow)
     if as_json:
         click.echo(json.dumps([holding._asdict() for holding in holdings], indent=2))
     else:

@@ -73,6 +73,10 @@ def run_here(
     """
     objects = _objects(config, model, data)
     config = share_cores(_named(config, model, data))
+    if config.data.download:
+        from zsplit.data import fetch_originals
+
+        fetch_originals(config)  # here, where its progress is seen
     with _broker(config, out) as (process, place):
         peers: list[Peer] = []
         try:

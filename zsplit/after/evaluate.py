@@ -11,6 +11,7 @@ from torch import Tensor
 
 from zsplit.after.trained import Trained
 from zsplit.config import Config
+from zsplit.config.datasets import is_function
 from zsplit.data import Data, gather, open_data
 from zsplit.errors import ConfigError
 from zsplit.train.loss import check_labels, score
@@ -81,7 +82,7 @@ def elsewhere(config: Config, path: str) -> Config:
     """Return the config with its data in another folder, if one is given. Raises ConfigError where they have none."""
     if not path:
         return config
-    if config.data.name in WITHOUT_FILES:
+    if config.data.name in WITHOUT_FILES or is_function(config.data.name):
         raise ConfigError(f'data.name = "{config.data.name}" is not read from a folder: leave --data out.')
     replace = msgspec.structs.replace
     return replace(config, data=replace(config.data, path=path))

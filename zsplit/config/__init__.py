@@ -69,7 +69,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
             checked(key, value)
         contradictions = chain(
             datasets.in_names(self.data),
-            datasets.in_partition(self.data, self.schedule.clients),
+            datasets.in_partition(self.data, self.schedule.clients, self.train.labels),
             datasets.in_augment(self.data, self.model.input),
             rules.in_training(self.train),
             rules.in_rates(self.train),

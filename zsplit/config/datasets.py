@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 from zsplit.config.augment import ResizedCrop, parse_augment
 from zsplit.config.keys import as_toml
-from zsplit.config.partition import ByLabel, FromFile, parse_partition
+from zsplit.config.partition import NEEDS_LABELS, ByLabel, FromFile, labels_missing, parse_partition
 from zsplit.config.sections import DataSection
 from zsplit.config.spec import unknown
 
@@ -42,9 +42,11 @@ def in_names(data: DataSection) -> Iterator[str]:
             yield from _idle(data, key, [name for name in DATASETS if name != "own"])
 
 
-def in_partition(data: DataSection, clients: int) -> Iterator[str]:
-    """The partition's text, and who is meant by it."""
+def in_partition(data: DataSection, clients: int, labels: str) -> Iterator[str]:
+    """The partition's text, who is meant by it, and whether clients have the `labels` (`train.labels`) for it."""
     partition = parse_partition(data.partition)
+    if isinstance(partition, NEEDS_LABELS) and labels == "server":
+        yield labels_missing(data.partition)
     if isinstance(partition, ByLabel) and len(partition.labels) != clients:
         yield (
             f"data.partition = {as_toml(data.partition)} has {len(partition.labels)} lists for "

@@ -78,6 +78,14 @@ def parse_partition(text: str) -> Partition:
     return _parsed(name, Stretch(KEY, text, len(name) + 1, rest, FORMS[name]))
 
 
+def labels_missing(text: str) -> str:
+    """Return the refusal of a partition by label where clients have no labels."""
+    return (
+        f'{KEY} = "{text}" needs labels, which clients do not have under train.labels = "server": '
+        "take iid, replicate, quantity or file."
+    )
+
+
 def _parsed(name: str, stretch: Stretch) -> Partition:
     match name:
         case "dirichlet":

@@ -4,7 +4,7 @@ from zsplit.data.client import ClientData, EvalPart, Part, Prefetch, indices_of
 from zsplit.data.images import Data, from_datasets, gather
 from zsplit.data.labels import Labels, labels_of, unlabelled
 from zsplit.data.partition import shards
-from zsplit.data.sources import open_data, open_labels, sample_shape
+from zsplit.data.sources import fetch_originals, open_data, open_labels, sample_shape
 
 __all__ = [
     "ClientData",
@@ -13,6 +13,7 @@ __all__ = [
     "Labels",
     "Part",
     "Prefetch",
+    "fetch_originals",
     "from_datasets",
     "gather",
     "indices_of",

@@ -24,6 +24,7 @@ from zsplit.config.partition import (
     Quantity,
     Replicate,
     Shards,
+    labels_missing,
     parse_partition,
 )
 from zsplit.data.index_file import read_partition
@@ -50,10 +51,7 @@ def shards(config: Config, n_samples: int, labels: Callable[[], Tensor] | None =
     """
     partition = parse_partition(config.data.partition)
     if isinstance(partition, NEEDS_LABELS) and labels is None:
-        raise ConfigError(
-            f"data.partition = {as_toml(config.data.partition)} needs labels, which clients do not have under "
-            'train.labels = "server": take iid, replicate, quantity or file.'
-        )
+        raise ConfigError(labels_missing(config.data.partition))
     parts = _dealt(partition, config, n_samples, labels)
     for client, part in enumerate(parts):
         if not len(part):

@@ -89,10 +89,16 @@ def open_labels(config: Config, allowed: Collection[str] = ()) -> Labels:
     if source and source.labels:
         found = source.labels(_place(config, source))
     else:
-        data = _opened(config, allowed, True)
-        found = Labels.of(data)
-    used = (_used(config, kind, len(labels)) for kind, labels in (("train", found.train), ("test", found.test)))
-    return Labels(found.train[next(used)], found.test[next(used)])
+        found = Labels.of(_opened(config, allowed, True))
+    train, test = _used(config, "train", len(found.train)), _used(config, "test", len(found.test))
+    return Labels(found.train[train], found.test[test])
+
+
+def fetch_originals(config: Config) -> None:
+    """Download what is missing from `data.path`, where `data.download` asks for it. Raises `DataError`."""
+    source = SOURCES.get(config.data.name)
+    if source and config.data.download:
+        _place(config, source)
 
 
 def sample_shape(config: Config) -> tuple[int, ...]:
