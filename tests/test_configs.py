@@ -18,7 +18,7 @@ SAMPLES = 2
 
 
 def few(path: Path, folder: Path) -> dict[str, object]:
-    """Return what makes a run short: two clients at most, two steps for each, an evaluation of what there is to test."""
+    """Return what makes a run short: two clients at most, two steps for each, and little to test."""
     config = load_config(path)
     clients = min(config.schedule.clients, 2)
     everyone = 1 if config.data.partition == "replicate" else clients

@@ -38,6 +38,7 @@ from zsplit.wire.messages import (
     Lease,
     Pull,
     Step,
+    Tally,
     TensorMeta,
     Tensors,
     bucket_of,
@@ -155,6 +156,12 @@ def test_a_header_over_the_limit_is_refused_unread(decode: Decoder, limit: int) 
 def test_what_cannot_be_encoded_is_a_local_fault(message: ControlMessage | DataMessage) -> None:
     with pytest.raises(LocalProtocolError, match=f"cannot encode {type(message).__name__}: "):
         encode(message)
+
+
+def test_a_control_message_that_the_other_end_would_drop_is_a_local_fault() -> None:
+    held = Held(lease=Lease(1, 1), state="done", tally=Tally(seconds=-1.0))
+    with pytest.raises(LocalProtocolError, match=r"cannot send Beat, which is not valid: Expected `float` >= 0\.0"):
+        encode(Beat(session="s", sent=0.0, held=(held,)))
 
 
 def test_a_header_that_every_peer_would_refuse_is_a_local_fault() -> None:

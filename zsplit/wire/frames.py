@@ -50,7 +50,17 @@ def encode(message: ControlMessage | DataMessage) -> bytes:
     limit = MAX_HEADER if isinstance(message, Data) else MAX_CONTROL
     if len(header) > limit:
         raise LocalProtocolError(f"{type(message).__name__} of {len(header)} bytes is over the limit of {limit}")
+    if not isinstance(message, Data):
+        _check_receivable(message, header)
     return header
+
+
+def _check_receivable(message: ControlMessage, header: bytes) -> None:
+    """Raise LocalProtocolError where the other end would drop the message, and everybody would wait for it for ever."""
+    try:
+        _control.decode(header)
+    except msgspec.ValidationError as error:
+        raise LocalProtocolError(f"cannot send {type(message).__name__}, which is not valid: {error}") from error
 
 
 def decode_control(header: bytes) -> ControlMessage:

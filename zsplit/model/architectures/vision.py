@@ -54,7 +54,7 @@ class _Softmax(nn.Linear):
         return torch.softmax(super().forward(input), dim=1)
 
 
-def tutorial_resnet18_softmax(num_classes: int, shape: Shape) -> nn.Module:
+def tutorial_resnet18_softmax(num_classes: int, _: Shape) -> nn.Module:
     """torchvision's ResNet18 with a softmax at its end, as the split-learning tutorial trains it.
 
     The loss takes logits and gets probabilities: a mistake there, which its accuracy includes, and here a variant to

@@ -151,8 +151,9 @@ class Chain:
     def _seconds(self, spans: list[tuple[Moment, Moment]]) -> list[float]:
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
-            return [float(begin.elapsed_time(end)) / 1000 for begin, end in spans]
-        return [end - begin for begin, end in spans]
+            return [max(0.0, float(begin.elapsed_time(end)) / 1000) for begin, end in spans]
+        # A gradient that is there before the backward pass has begun (that of a stretch without work) took no time.
+        return [max(0.0, end - begin) for begin, end in spans]
 
 
 def loss_of(output: Tensor) -> Tensor:

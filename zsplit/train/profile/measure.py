@@ -236,4 +236,4 @@ class Survey:
         """
         first = median(one[0] for one in measured)
         others = [seconds for one in measured for seconds in one[1:]]
-        return first + (median(others) - first) * (1 - 1 / self._count(size)) if others else first
+        return max(0.0, first + (median(others) - first) * (1 - 1 / self._count(size)) if others else first)
