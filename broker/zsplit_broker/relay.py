@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import msgspec
 
+from zsplit.wire.frames import raw_size
 from zsplit.wire.messages import (
     Attach,
     Attached,
@@ -20,6 +21,7 @@ from zsplit.wire.messages import (
     Pull,
     Ref,
     Step,
+    TensorMeta,
     Tensors,
     Turn,
 )
@@ -46,11 +48,20 @@ UP, DOWN = 0, 1
 
 
 class Traffic:
-    """What was relayed under a lease: bytes by kind, up and down, and tensors that the server has not answered."""
+    """What was relayed under a lease: bytes by kind, up and down, and tensors that the server has not answered.
+
+    `raw` is what the bytes would have been without codecs.
+    """
 
     def __init__(self) -> None:
         self.bytes: defaultdict[str, list[int]] = defaultdict(lambda: [0, 0])
+        self.raw: defaultdict[str, list[int]] = defaultdict(lambda: [0, 0])
         self.unanswered = 0
+
+    def count(self, kind: str, way: int, size: int, raw: int) -> None:
+        """Count bytes of a kind."""
+        self.bytes[kind][way] += size
+        self.raw[kind][way] += raw
 
 
 class Lane:
@@ -77,14 +88,14 @@ class Lane:
         if not isinstance(message, Tensors):
             return
         self._traffic.unanswered += self._asks
-        counts, column = self._traffic.bytes, self._column
+        count, column = self._traffic.count, self._column
         if message.kind == "eval":
-            counts["evaluation"][column] += size
+            count("evaluation", column, size, size + sum(raw_of(meta) - meta.nbytes for meta in message.tensors))
             return
         for meta in message.tensors:
-            counts[meta.what][column] += meta.nbytes
+            count(meta.what, column, meta.nbytes, raw_of(meta))
             size -= meta.nbytes
-        counts["headers"][column] += size
+        count("headers", column, size, size)
 
 
 class Relay:
@@ -199,7 +210,7 @@ class Relay:
         if ref not in refs_of(work.job) or not takes_part(to, work.job):
             return None
         if session.role != to.role:
-            self._traffic(message.lease).bytes[message.what][UP if session.role == "client" else DOWN] += size
+            self._traffic(message.lease).count(message.what, UP if session.role == "client" else DOWN, size, size)
             session.up += size
             to.down += size
         return Route(to.data)
@@ -218,10 +229,11 @@ class Relay:
         """Whether the server has tensors of this lease that it did not answer yet."""
         return lease in self.traffic and self.traffic[lease].unanswered > 0
 
-    def counted(self, lease: Lease) -> dict[str, tuple[int, int]]:
-        """Return the bytes relayed under a lease by kind, up and down as seen from the client."""
-        traffic = self.traffic.get(lease)
-        return {kind: (up, down) for kind, (up, down) in traffic.bytes.items()} if traffic else {}
+    def counted(self, lease: Lease) -> tuple[dict[str, tuple[int, int]], dict[str, tuple[int, int]]]:
+        """Return the bytes relayed under a lease by kind, up and down as seen from the client; and as they are raw."""
+        traffic = self.traffic.get(lease, Traffic())
+        sent = {kind: (up, down) for kind, (up, down) in traffic.bytes.items()}
+        return sent, {kind: (up, down) for kind, (up, down) in traffic.raw.items()}
 
     def _traffic(self, lease: Lease) -> Traffic:
         return self.traffic.setdefault(lease, Traffic())
@@ -236,6 +248,11 @@ class Relay:
         """Drop what was found out and counted for a lease that is over."""
         self.traffic.pop(lease, None)
         self._lanes.clear()
+
+
+def raw_of(meta: TensorMeta) -> int:
+    """Return the bytes that a tensor would have had without its codec."""
+    return meta.nbytes if meta.codec == "raw" else raw_size(meta)
 
 
 def refs_of(job: Job) -> list[Ref]:

@@ -68,6 +68,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
             rules.in_data(self.data),
             rules.in_training(self.train),
             rules.in_schedule(self.schedule, self.run),
+            rules.in_codecs(self.codec),
             rules.in_link(self.link),
             rules.in_client_links(self.link, self.schedule.clients),
             rules.in_planning(self.model, self.train, self.plan),

@@ -6,6 +6,7 @@ from math import inf
 from zsplit.config.keys import as_toml
 from zsplit.config.sections import (
     BrokerSection,
+    CodecSection,
     DataSection,
     LinkSection,
     ModelSection,
@@ -15,6 +16,8 @@ from zsplit.config.sections import (
     TrainSection,
 )
 from zsplit.config.shape import ranges
+from zsplit.errors import ConfigError
+from zsplit.spec import parse
 
 LAST_PORT = 65535
 
@@ -70,6 +73,25 @@ def in_schedule(schedule: ScheduleSection, run: RunSection) -> Iterator[str]:
         yield (
             f"run.commit_every = {run.commit_every} means nothing under schedule.policy = {policy}: "
             'leave it out, or set schedule.policy = "round_robin".'
+        )
+
+
+def in_codecs(codec: CodecSection) -> Iterator[str]:
+    """How tensors travel, and what the way back needs of the way there."""
+    try:
+        up, down = parse(codec.up, "codec.up ="), parse(codec.down, "codec.down =")
+    except ConfigError as error:
+        yield str(error)
+        return
+    if up.answers:
+        yield (
+            f"codec.up = {as_toml(codec.up)} cannot be, since smashed data answer nothing that has kept places: "
+            "mask is for codec.down, set topk, randtopk or ms here."
+        )
+    elif down.answers and not up.keeps:
+        yield (
+            f"codec.down = {as_toml(codec.down)} needs places that codec.up has kept, and codec.up = "
+            f"{as_toml(codec.up)} keeps all: set codec.up to topk, randtopk or ms, or codec.down to something else."
         )
 
 

@@ -15,7 +15,6 @@ Policy = Literal["parallel", "round_robin"]
 Weighting = Literal["samples", "uniform"]
 OptimizerState = Literal["carry", "reset", "local"]
 ServerModel = Literal["replica"]
-Codec = Literal["raw"]
 BatchNorm = Literal["deferred", "micro"]
 Auto = Literal["auto"]
 
@@ -129,8 +128,9 @@ class ScheduleSection(Section, frozen=True):
 class CodecSection(Section, frozen=True):
     """How tensors become bytes."""
 
-    up: Annotated[Codec, _is("codec of the smashed data")] = "raw"
-    down: Annotated[Codec, _is("codec of their gradients")] = "raw"
+    up: Annotated[str, _is("codec of the smashed data, such as `half` or `ms:ratio=0.99,bits=2+lz4`")] = "raw"
+    down: Annotated[str, _is("codec of their gradients; `mask`: at the places that `codec.up` has kept")] = "raw"
+    eval: Annotated[bool, _is("evaluations go through `codec.up`; false: their smashed data travel raw")] = True
 
 
 class ClientLink(Section, frozen=True):

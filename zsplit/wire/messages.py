@@ -184,7 +184,8 @@ class Tally(Record, frozen=True):
 
     `seconds` and `idle` are wall time in the job and the part of it spent waiting for the other side, `busy` the part
     spent on loading batches, forward, backward and optimizer's step. `flow` is what came in from the other side.
-    `traffic` is filled in by the broker: bytes by kind, up and down as seen from the client.
+    `traffic` and `traffic_raw` are filled in by the broker: bytes by kind, up and down as seen from the client, as they
+    were sent and as they would have been without a codec.
     """
 
     steps: Count = 0
@@ -198,6 +199,7 @@ class Tally(Record, frozen=True):
     flow: Flow = Flow()
     step_seconds: dict[Bucket, Count] = {}
     traffic: dict[str, tuple[Count, Count]] = {}
+    traffic_raw: dict[str, tuple[Count, Count]] = {}
 
 
 def bucket_of(seconds: float) -> int:
