@@ -131,7 +131,7 @@ class Codec:
         return dtype
 
     def _positions_before(self, meta: TensorMeta, context: Context, device: torch.device) -> Tensor | None:
-        if isinstance(self.spec.select, Mask) and meta.nbytes:
+        if isinstance(self.spec.select, Mask) and elements(meta.shape):
             return topk.kept_before(meta.shape, context, device, ours=False)
         return None
 

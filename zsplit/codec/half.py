@@ -16,7 +16,10 @@ def write(stage: Half, x: Tensor) -> list[Tensor]:
 
 def read(stage: Half, data: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """Return the tensor that a frame of the right length holds."""
-    return from_bytes(data, _type(stage)).view(shape).to(dtype)
+    x, most = from_bytes(data, _type(stage)).view(shape), torch.finfo(dtype).max
+    if torch.finfo(x.dtype).max > most:  # what was rounded up to beyond the tensor's own type
+        x = x.float().clamp(-most, most)
+    return x.to(dtype)
 
 
 def _type(stage: Half) -> torch.dtype:

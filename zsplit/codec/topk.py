@@ -78,7 +78,7 @@ def kept_before(shape: tuple[int, ...], context: Context, device: torch.device, 
     Raises LocalProtocolError where it is ours and there are none, RemoteProtocolError where it came.
     """
     if context.kept is None or context.shape != shape:
-        found = f"what it answers is {list(context.shape)}" if context.kept is not None else "it answers nothing"
+        found = "kept none" if context.kept is None else f"is {list(context.shape)}"
         kind = LocalProtocolError if ours else RemoteProtocolError
-        raise kind(f'"mask" has no positions for a tensor of {list(shape)}: {found} that kept some')
+        raise kind(f'"mask" has no positions for a tensor of {list(shape)}: what it answers {found}')
     return context.kept.to(device)

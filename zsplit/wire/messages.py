@@ -139,10 +139,11 @@ class Profile(Record, frozen=True):
     """What a peer measured of itself: every stretch at several slice sizes (samples, ascending).
 
     `cuts` are the places in the model's order; stretch i ends at cut i, the last one at the loss. `up` and `down` are
-    bytes a sample on the wire at each cut, after the codec. `batch_seconds` is what a mini-batch takes to load,
-    `message_seconds` what encoding, queueing and decoding add to each micro-batch at this peer. `batch_norm` says
-    whether the model has BatchNorm. Where the peer ran out of memory stretches are missing from the end, and `note`
-    says so.
+    bytes a sample on the wire at each cut, after the codec. `encode` and `decode` are the seconds a sample in which
+    this peer packs what it sends at each cut and unpacks what it receives there; none where all travels raw.
+    `batch_seconds` is what a mini-batch takes to load, `message_seconds` what encoding, queueing and decoding add to
+    each micro-batch, however small. `batch_norm` says whether the model has BatchNorm. Where the peer ran out of memory
+    stretches are missing from the end, and `note` says so.
     """
 
     cuts: tuple[str, ...]
@@ -150,6 +151,8 @@ class Profile(Record, frozen=True):
     down: tuple[Amount, ...]
     sizes: tuple[int, ...]
     stretches: tuple[Stretch, ...]
+    encode: tuple[Amount, ...] = ()
+    decode: tuple[Amount, ...] = ()
     batch_seconds: Amount = 0.0
     message_seconds: Amount = 0.0
     batch_norm: bool = False
