@@ -25,6 +25,9 @@ class Contexts:
         self._jobs: dict[Lease, Job] = {}
         self._kept: dict[Place, Context] = {}
 
+    def __len__(self) -> int:
+        return len(self._kept)
+
     def keep(self, jobs: Iterable[Job]) -> None:
         """Forget all that belongs to leases other than those of these jobs."""
         self._jobs = {job.lease: job for job in jobs}
@@ -49,10 +52,11 @@ class Contexts:
             return self._kept.pop(self._place(message, ANSWERED.get(message.leg, -1)), Context())
         return Context()
 
-    def add(self, message: Tensors, context: Context) -> None:
-        """Remember what was kept of a tensor of a turn, where the way back will need it."""
+    def add(self, message: Tensors, codec: str, context: Context) -> None:
+        """Remember what was kept of a tensor of a turn in this codec, where the way back will need it."""
         job = self._jobs.get(message.lease)
-        if context.kept is not None and isinstance(job, Turn) and answers(job.plan.down):
+        needed = isinstance(job, Turn) and answers(job.plan.down) and not answers(codec)
+        if needed and context.kept is not None:
             self._kept[self._place(message, message.leg)] = context
 
     def _place(self, message: Tensors, leg: int) -> Place:

@@ -109,7 +109,7 @@ class Exchange:
     ) -> tuple[TensorMeta, memoryview]:
         context = self.contexts.of(message, codec)
         encoded = encode(what, tensor, codec, context, None if codec == "raw" else self.contexts.seed(message))
-        self.contexts.add(message, context)
+        self.contexts.add(message, codec, context)
         return encoded
 
     def _decode(self, message: TensorsMessage | Step, buffers: list[memoryview], arrived: float) -> None:
@@ -127,5 +127,5 @@ class Exchange:
     def _decode_one(self, message: TensorsMessage, meta: TensorMeta, buffer: memoryview) -> Tensor:
         context = self.contexts.of(message, meta.codec)
         tensor = decode(meta, buffer, context, self.device)
-        self.contexts.add(message, context)
+        self.contexts.add(message, meta.codec, context)
         return tensor
