@@ -242,6 +242,21 @@ class TestRefusedCombinations:
         ("overrides", "sentence"),
         [
             (
+                ["codec.up=mask"],
+                'codec.up = "mask" cannot be, since smashed data answer nothing that has kept places: '
+                "mask is for codec.down, set topk, randtopk or ms here.",
+            ),
+            (
+                ["codec.up=half", "codec.down=mask+half"],
+                'codec.down = "mask+half" needs places that codec.up has kept, and codec.up = "half" keeps all: '
+                "set codec.up to topk, randtopk or ms, or codec.down to something else.",
+            ),
+            (
+                ["codec.up=ms:ratio=0.99,bits=2", "codec.down=ms:ratio=0.99,bits=9"],
+                'codec.down = "ms:ratio=0.99,bits=9" is wrong at character 20: '
+                'bits must be a whole number from 1 to 8, not "9".',
+            ),
+            (
                 ["link.beat_seconds=5"],
                 "link.beat_seconds = 5.0 is too long for link.lease_seconds = 10.0, "
                 "where a late beat ends the lease: set it below 5.0.",

@@ -229,11 +229,15 @@ class Relay:
         """Whether the server has tensors of this lease that it did not answer yet."""
         return lease in self.traffic and self.traffic[lease].unanswered > 0
 
-    def counted(self, lease: Lease) -> tuple[dict[str, tuple[int, int]], dict[str, tuple[int, int]]]:
-        """Return the bytes relayed under a lease by kind, up and down as seen from the client; and as they are raw."""
-        traffic = self.traffic.get(lease, Traffic())
-        sent = {kind: (up, down) for kind, (up, down) in traffic.bytes.items()}
-        return sent, {kind: (up, down) for kind, (up, down) in traffic.raw.items()}
+    def counted(self, lease: Lease) -> dict[str, tuple[int, int]]:
+        """Return the bytes relayed under a lease by kind, up and down as seen from the client."""
+        traffic = self.traffic.get(lease)
+        return {kind: (up, down) for kind, (up, down) in traffic.bytes.items()} if traffic else {}
+
+    def counted_raw(self, lease: Lease) -> dict[str, tuple[int, int]]:
+        """Return what these bytes would have been without codecs."""
+        traffic = self.traffic.get(lease)
+        return {kind: (up, down) for kind, (up, down) in traffic.raw.items()} if traffic else {}
 
     def _traffic(self, lease: Lease) -> Traffic:
         return self.traffic.setdefault(lease, Traffic())

@@ -193,7 +193,7 @@ class Router:
         job = self.scheduler.work[lease].job
         if role == "server" and client_of(job) is not None:
             return replace_tally(tally, {}, {})
-        return replace_tally(tally, *self.relay.counted(lease))
+        return replace_tally(tally, self.relay.counted(lease), self.relay.counted_raw(lease))
 
     def orders(self, session: Session, echo: float = 0.0, now: float = 0.0) -> Orders:
         """Return all that this peer should hold, under a new revision."""

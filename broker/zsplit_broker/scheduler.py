@@ -133,8 +133,7 @@ class Scheduler:
         Where the codec is lossless, both are the same and only one was done.
         """
         tests = self.books.tests
-        found = tests.get(self._evaluation_plan(0, through).up)
-        return found or next(iter(tests.values()), NOTHING)
+        return tests.get(self._evaluation_plan(0, through if self.lossy else self.config.codec.eval).up, NOTHING)
 
     @property
     def lossy(self) -> bool:

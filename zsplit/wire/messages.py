@@ -151,12 +151,12 @@ class Profile(Record, frozen=True):
     down: tuple[Amount, ...]
     sizes: tuple[int, ...]
     stretches: tuple[Stretch, ...]
-    encode: tuple[Amount, ...] = ()
-    decode: tuple[Amount, ...] = ()
     batch_seconds: Amount = 0.0
     message_seconds: Amount = 0.0
     batch_norm: bool = False
     note: str = ""
+    encode: tuple[Amount, ...] = ()
+    decode: tuple[Amount, ...] = ()
 
 
 class LinkSpeed(Record, frozen=True):
