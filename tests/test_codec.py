@@ -374,7 +374,7 @@ class TestBits:
         bits, numbers = drawn
         codes = empty_codes(len(numbers), torch.device("cpu"))
         codes[: len(numbers)] = torch.tensor(numbers, dtype=torch.uint8)
-        data = pack(codes, bits)
+        data = torch.cat(pack(codes, bits))
         assert len(data) == -(-len(numbers) // 8) * bits
         assert unpack(data, len(numbers), bits).tolist() == numbers
 

@@ -20,10 +20,9 @@ def empty_codes(count: int, device: torch.device) -> Tensor:
     return codes
 
 
-def pack(codes: Tensor, bits: int) -> Tensor:
-    """Return the bytes of codes (uint8, from `empty_codes`) below 2^bits."""
-    pieces = [_join(codes, first, width) for first, width in _parts(bits)]
-    return torch.cat(pieces) if len(pieces) > 1 else pieces[0]
+def pack(codes: Tensor, bits: int) -> list[Tensor]:
+    """Return the bytes of codes (uint8, from `empty_codes`) below 2^bits, in pieces that follow each other."""
+    return [_join(codes, first, width, bits) for first, width in _parts(bits)]
 
 
 def unpack(data: Tensor, count: int, bits: int) -> Tensor:
@@ -41,7 +40,7 @@ def pack_whole(numbers: Tensor, bits: int) -> Tensor:
     digits = empty_codes(count, numbers.device)
     each = torch.arange(bits, device=numbers.device)
     digits[:count] = ((numbers[:, None] >> each) & 1).to(torch.uint8).view(-1)
-    return pack(digits, 1)
+    return pack(digits, 1)[0]
 
 
 def unpack_whole(data: Tensor, count: int, bits: int) -> Tensor:
@@ -60,21 +59,28 @@ def _parts(bits: int) -> Iterator[tuple[int, int]]:
             first += width
 
 
-def _join(codes: Tensor, first: int, width: int) -> Tensor:
+def _join(codes: Tensor, first: int, width: int, bits: int) -> Tensor:
+    """Return the bytes of one part of each code."""
     if width == 8:
         return codes
-    mask, planes = (1 << width) - 1, codes.view(8 // width, -1)
-    data = (planes[0] >> first) & mask
+    planes = [_cut(plane, first, width, bits) for plane in codes.view(8 // width, -1)]
+    data = planes[0].clone()
     for i, plane in enumerate(planes[1:], 1):
-        data |= ((plane >> first) & mask) << (i * width)
+        data |= plane << (i * width)
     return data
+
+
+def _cut(plane: Tensor, first: int, width: int, bits: int) -> Tensor:
+    """Return a part of codes of so many bits; nothing has to be masked above the last part."""
+    part = plane >> first if first else plane
+    return part & ((1 << width) - 1) if first + width < bits else part
 
 
 def _part(data: Tensor, codes: Tensor, first: int, width: int) -> None:
     """Write a part of each code where it is the first, else add it."""
-    mask, planes = (1 << width) - 1, codes.view(8 // width, -1)
+    planes = codes.view(8 // width, -1)
     for i, plane in enumerate(planes):
-        part = (data >> (i * width)) & mask
+        part = _cut(data, i * width, width, 8)
         if first:
             plane |= part << first
         else:

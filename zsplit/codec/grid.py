@@ -48,7 +48,7 @@ def place(x: Tensor, grid: Grid, last: int, rounding: str, codes: Tensor, seed: 
     `rounding` is `nearest` (half to even), `floor`, or `stochastic`, which without a seed is `nearest`.
     """
     scale, zero = torch.where(grid.scale == 0, 1, grid.scale)[:, None], grid.zero.to(x.dtype)[:, None]
-    out, generator = codes[: x.numel()].view(x.shape), None
+    out, generator, shifted = codes[: x.numel()].view(x.shape), None, bool(grid.zero.any())
     if rounding == "stochastic" and seed is not None:
         generator = torch.Generator(x.device).manual_seed(seed)
     for part in blocks(x.shape):
@@ -60,17 +60,21 @@ def place(x: Tensor, grid: Grid, last: int, rounding: str, codes: Tensor, seed: 
             at.floor_()
         else:
             at.round_()
-        out[part] = at.add_(zero[group]).clamp_(0, last)
+        if shifted:
+            at.add_(zero[group])
+        out[part] = at.clamp_(0, last)
 
 
 def values(codes: Tensor, shape: tuple[int, int, int], grid: Grid) -> Tensor:
     """Return what flat codes stand for, as (outer, groups, inner) in the type of the scale."""
     scale, zero = grid.scale[:, None], grid.zero.to(grid.scale.dtype)[:, None]
     x = torch.empty(shape, dtype=grid.scale.dtype, device=codes.device)
-    read = codes.view(shape)
+    read, shifted = codes.view(shape), bool(grid.zero.any())
     for part in blocks(shape):
-        x[part] = read[part]
-        x[part].sub_(zero[part[1]]).mul_(scale[part[1]])
+        at = x[part].copy_(read[part])
+        if shifted:
+            at.sub_(zero[part[1]])
+        at.mul_(scale[part[1]])
     return x
 
 

@@ -33,7 +33,7 @@ def write(stage: Ms, x: Tensor, context: Context) -> list[Tensor]:
     place(rows[None], grid, last - 1, stage.round, codes)
     codes[best.kept] = last
     context.keep(tuple(x.shape), best.kept)
-    return [*grid.to_bytes(), pack(codes, stage.bits), to_bytes(x.view(-1).take(best.kept))]
+    return [*grid.to_bytes(), *pack(codes, stage.bits), to_bytes(x.view(-1).take(best.kept))]
 
 
 def read(stage: Ms, data: Tensor, shape: tuple[int, ...], dtype: torch.dtype, context: Context) -> Tensor:

@@ -24,7 +24,7 @@ def write(stage: Quantize, x: Tensor, seed: int | None) -> list[Tensor]:
     grid = _grid(x3, last, torch.finfo(x.dtype).max)
     codes = empty_codes(x.numel(), x.device)
     place(x3, grid, last, stage.round, codes, seed)
-    return [*grid.to_bytes(), pack(codes, stage.bits)]
+    return [*grid.to_bytes(), *pack(codes, stage.bits)]
 
 
 def read(stage: Quantize, data: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:

@@ -52,7 +52,7 @@ def write(stage: TopK | RandTopK, shape: tuple[int, ...], kept: Tensor) -> Tenso
     if packed(d, 1) <= positions(stage, shape):
         marks = empty_codes(d, kept.device).zero_()
         marks[kept] = 1
-        return pack(marks, 1)
+        return pack(marks, 1)[0]
     return pack_whole(kept % (d // rows), index_bits(d // rows))
 
 
