@@ -238,6 +238,7 @@ class Play:
             flow=Flow(2**20 * (1 + job.lease.number % 3), 1.0, 1),
             step_seconds={0: steps},
             traffic=traffic,
+            traffic_raw={kind: (4 * up, 4 * down) for kind, (up, down) in traffic.items()},
         )
 
     def samples(self, job: Job) -> int:
@@ -282,7 +283,7 @@ def fingerprint(scheduler: Scheduler) -> tuple[object, ...]:
         (scheduler.round, scheduler.stages, scheduler.stage, scheduler.version),
         (scheduler.contributions, scheduler.storing, scheduler.stored, scheduler.unsettled),
         (scheduler.arrivals.contributions, scheduler.arrivals.turns, scheduler.arrivals.count, scheduler.bases),
-        (scheduler.history, scheduler.test, scheduler.began),
+        (scheduler.history, scheduler.books.tests, scheduler.began),
         (scheduler.plans.situation, scheduler.plans.deciding, scheduler.plans.made),
         (scheduler.plans.current, scheduler.plans.predicted),
     )

@@ -130,7 +130,7 @@ class TestRefusedKeys:
         assert refusal("client.lr=3") == "client.lr is not a key of the config: the nearest is train.lr."
 
     def test_a_key_like_no_other_lists_its_section(self) -> None:
-        assert refusal("codec.zzzzzzzz=3") == "codec.zzzzzzzz is not a key of the config: [codec] has up, down."
+        assert refusal("codec.zzzzzzzz=3") == "codec.zzzzzzzz is not a key of the config: [codec] has up, down, eval."
 
     def test_a_key_outside_of_all_sections_names_where_it_stands(self, tmp_path: Path) -> None:
         sentence = refusal_of_file(tmp_path, "rounds = 3\n")
@@ -138,7 +138,7 @@ class TestRefusedKeys:
 
     def test_a_section_set_like_a_key_lists_its_keys(self) -> None:
         sentence = refusal("codec=raw")
-        assert sentence == "codec is not a key of the config: it is a section, with the keys up, down."
+        assert sentence == "codec is not a key of the config: it is a section, with the keys up, down, eval."
 
     def test_a_misspelt_section_names_the_nearest(self, tmp_path: Path) -> None:
         sentence = refusal_of_file(tmp_path, "[shedule]\n")
@@ -222,7 +222,7 @@ class TestRefusedValues:
                 'link.client=[{clients = "0", rtt_ms = inf}]',
                 "link.client.rtt_ms must be a number ≥ 0, not Infinity.",
             ),
-            ("codec.up=rwa", 'codec.up must be "raw", not "rwa": the nearest is "raw".'),
+            ("codec.up=rwa", 'codec.up = "rwa" is wrong at character 1: "rwa" is not a codec, the nearest is raw.'),
         ],
     )
     def test_it_names_key_expected_and_found(self, override: str, sentence: str) -> None:
@@ -241,6 +241,21 @@ class TestRefusedCombinations:
     @pytest.mark.parametrize(
         ("overrides", "sentence"),
         [
+            (
+                ["codec.up=mask"],
+                'codec.up = "mask" cannot be, since smashed data answer nothing that has kept places: '
+                "mask is for codec.down, set topk, randtopk or ms here.",
+            ),
+            (
+                ["codec.up=half", "codec.down=mask+half"],
+                'codec.down = "mask+half" needs places that codec.up has kept, and codec.up = "half" keeps all: '
+                "set codec.up to topk, randtopk or ms, or codec.down to something else.",
+            ),
+            (
+                ["codec.up=ms:ratio=0.99,bits=2", "codec.down=ms:ratio=0.99,bits=9"],
+                'codec.down = "ms:ratio=0.99,bits=9" is wrong at character 20: '
+                'bits must be a whole number from 1 to 8, not "9".',
+            ),
             (
                 ["link.beat_seconds=5"],
                 "link.beat_seconds = 5.0 is too long for link.lease_seconds = 10.0, "

@@ -179,7 +179,7 @@ def test_a_tensor_that_cannot_be_encoded_ends_the_link_with_a_sentence_and_the_b
 ) -> None:
     link, broker = joined()
     link.send_tensors(LEASE, "train", 0, 0, 0, [("smashed", torch.ones(2), "unheard of")], {})
-    with pytest.raises(LocalProtocolError, match=r"cannot send torch\.float32 with the codec 'unheard of'") as failed:
+    with pytest.raises(LocalProtocolError, match="unheard of") as failed:
         link.next(10)
     link.fault(str(failed.value))
     assert "unheard of" in broker.heard(messages.Fault).sentence
@@ -189,7 +189,7 @@ def test_a_tensor_that_cannot_be_decoded_ends_the_link_with_a_sentence(joined: J
     link, broker = joined()
     meta = messages.TensorMeta("gradients", "F32", (1,), "unheard of", 3)
     broker.pass_on(Tensors("r", "s", LEASE, "train", 0, 0, 1, (meta,)), b"abc")
-    with pytest.raises(RemoteProtocolError, match="cannot decode F32 with the codec 'unheard of'"):
+    with pytest.raises(RemoteProtocolError, match="unheard of"):
         link.next(10)
 
 

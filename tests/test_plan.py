@@ -143,6 +143,19 @@ def test_a_slow_client_never_waits_with_many_micro_batches() -> None:
     assert step_of(a_pace(micros=16, **{name: value / 16 for name, value in split.items()})) == near(12.0)
 
 
+def test_packing_is_part_of_each_micro_batch_on_the_side_that_does_it() -> None:
+    plain = a_profile()
+    sites = Timetable(replace(plain, encode=(0.01,) * 4, decode=(0.02,) * 4)), Timetable(plain)
+    for client, server in (sites, sites[::-1]):
+        without = pace(Timetable(plain), Timetable(plain), a_link(), 32, "conv2", 2, 2)
+        own = pace(client, server, a_link(), 32, "conv2", 2, 2)
+        packs = client is sites[0]
+        more = [16 * 0.01, 16 * 0.02] if packs else [0.0, 0.0]
+        assert own.forward == pytest.approx([each + more[0] for each in without.forward])
+        assert own.backward == pytest.approx([each + more[1] for each in without.backward])
+        assert own.server == pytest.approx([each + (0.0 if packs else 16 * 0.03) for each in without.server])
+
+
 def test_the_optimizers_step_of_the_server_delays_what_comes_next_but_not_the_last_gradient() -> None:
     shared = {"forward": 1, "uplink": 1, "server": 1, "downlink": 1, "backward": 1}
     assert step_of(a_pace(server_step=3, **shared)) == near(5)

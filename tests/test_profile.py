@@ -68,6 +68,37 @@ def sizes_seen(module: nn.Module) -> list[int]:
     return seen
 
 
+class Ticks:
+    """A clock that is read for a second each time."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        self.now += 1.0
+        return self.now
+
+
+CODECS = {"codec__up": "ms:ratio=0.75,bits=2", "codec__down": "mask+half"}
+
+
+def test_bytes_at_each_cut_are_those_of_the_codec_and_packing_is_timed() -> None:
+    workshop, config = workshop_of(Plain(), plan__profile_seconds=1e6, **CODECS)
+    for role in ("client", "server"):
+        profile = measure(workshop, config, role=role, clock=Ticks())  # type: ignore[arg-type]
+        widths = [64, 12, 12, 12, 12]
+        assert profile.up == tuple((5 + 2 * 32 * d / 8 + 4 * 32 * d / 4) / 32 for d in widths)
+        assert profile.down == tuple(2 * d / 4 for d in widths)
+        assert profile.encode == profile.decode == (1 / 32,) * 5
+
+
+def test_what_travels_raw_takes_no_time_to_pack() -> None:
+    workshop, config = workshop_of(Plain(), plan__profile_seconds=1e6)
+    profile = measure(workshop, config, clock=Ticks())
+    assert profile.encode == profile.decode == ()
+    assert profile.up == profile.down == (256.0, 48.0, 48.0, 48.0, 48.0)
+
+
 def out_of_memory(module: nn.Module, from_samples: int, error: Exception) -> None:
     """Let a module fail for slices of so many samples or more."""
 

@@ -347,10 +347,12 @@ def test_tallies_add_up_field_by_field(tallies: list[Tally]) -> None:
     for tally in tallies:
         buckets.update(tally.step_seconds)
     assert total.step_seconds == dict(buckets)
-    kinds = {kind for tally in tallies for kind in tally.traffic}
-    for way in (0, 1):
-        found = {kind: both[way] for kind, both in total.traffic.items()}
-        assert found == {kind: sum(t.traffic.get(kind, (0, 0))[way] for t in tallies) for kind in kinds}
+    for name in ("traffic", "traffic_raw"):
+        counts = [getattr(tally, name) for tally in tallies]
+        kinds = {kind for count in counts for kind in count}
+        for way in (0, 1):
+            found = {kind: both[way] for kind, both in getattr(total, name).items()}
+            assert found == {kind: sum(count.get(kind, (0, 0))[way] for count in counts) for kind in kinds}
 
 
 def test_nothing_adds_nothing() -> None:
@@ -382,3 +384,34 @@ def test_clients_without_validation_or_test_data_are_counted_out() -> None:
     play = Play(config_of(schedule__clients=2, run__rounds=1), shards).begin().go_on()
     summary = summarise(play.scheduler, "r1", FOLDER)
     assert (summary["val_accuracy"], summary["test_accuracy"]) == (0.5, 1 / 3)
+
+
+def test_what_raw_would_have_been_stands_beside_what_was_sent() -> None:
+    play = Play(config_of(schedule__clients=2, run__rounds=1, codec__up="half", codec__down="half")).begin().go_on()
+    summary = summarise(play.scheduler, "r1", FOLDER)
+    sent, raw = summary["bytes"], summary["bytes_raw"]
+    assert isinstance(sent, dict)
+    assert isinstance(raw, dict)
+    assert raw["kinds"].keys() == sent["kinds"].keys()
+    assert raw["up"] == 4 * sent["up"] > 0
+    assert raw["kinds"]["gradients"] == {"up": 0, "down": 4 * sent["kinds"]["gradients"]["down"]}
+
+
+@pytest.mark.parametrize(("through", "names"), [(True, ("codec", "raw")), (False, ("raw", "codec"))])
+def test_a_lossy_run_has_both_test_results_and_the_one_that_the_config_names(
+    through: bool, names: tuple[str, str]
+) -> None:
+    play = Play(config_of(schedule__clients=2, run__rounds=1, codec__up="half", codec__eval=through)).begin()
+    play.go_on(lambda due: due[0])
+    tests = play.scheduler.books.tests
+    tests["half"] = msgspec.structs.replace(tests["half"], top1=1)
+    summary = summarise(play.scheduler, "r1", FOLDER)
+    assert (summary["test_accuracy_codec"], summary["test_accuracy_raw"]) == (0.1, 0.4)
+    assert summary["test_accuracy"] == summary[f"test_accuracy_{names[0]}"] != summary[f"test_accuracy_{names[1]}"]
+
+
+def test_a_lossless_run_has_one_test_result_under_all_names() -> None:
+    for up, through in (("raw", True), ("lz4", True), ("lz4", False)):
+        play = Play(config_of(schedule__clients=2, run__rounds=1, codec__up=up, codec__eval=through)).begin().go_on()
+        summary = summarise(play.scheduler, "r1", FOLDER)
+        assert summary["test_accuracy"] == summary["test_accuracy_raw"] == summary["test_accuracy_codec"] == 0.4

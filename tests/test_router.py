@@ -799,6 +799,19 @@ def test_bytes_are_counted_by_kind_and_direction_and_reported_with_the_lease() -
     assert [(session.up, session.down) for session in sessions] == [(200, 870), (870, 200)]
 
 
+def test_what_codecs_save_is_counted_beside_what_was_sent() -> None:
+    stage = Stage()
+    client, server, turn = stage.clients[0], stage.servers[0], stage.turns[0]
+    half = TensorMeta("smashed", "F32", (4, 3), "half", 24)
+    mask = TensorMeta("gradients", "F32", (4, 3), "mask", 8)
+    message = stage.tensors(client, turn.lease)
+    stage.send(client, msgspec.structs.replace(message, tensors=(half, *message.tensors[1:])), 76)
+    stage.send(server, msgspec.structs.replace(stage.tensors(server, turn.lease), tensors=(mask,)), 38)
+    (event,) = stage.done(client, turn)
+    assert event.tally.traffic == {"smashed": (24, 0), "labels": (16, 0), "gradients": (0, 8), "headers": (36, 30)}
+    assert event.tally.traffic_raw == {"smashed": (48, 0), "labels": (16, 0), "gradients": (0, 48), "headers": (36, 30)}
+
+
 def test_what_is_dropped_is_not_counted() -> None:
     stage = Stage(ready=False)
     client, turn = stage.clients[0], stage.turns[0]
@@ -820,7 +833,7 @@ def test_an_evaluation_is_counted_as_such() -> None:
     desk.send(client, desk.tensors(client, job.lease, kind="eval"), 100)
     desk.send(server, desk.tensors(server, job.lease, kind="eval"), 60)
     (event,) = desk.done(client, job)
-    assert event.tally.traffic == {"evaluation": (100, 60)}
+    assert event.tally.traffic == event.tally.traffic_raw == {"evaluation": (100, 60)}
 
 
 def test_a_merge_counts_what_the_clients_sent_for_it_and_not_what_servers_exchange() -> None:
@@ -839,7 +852,9 @@ def test_a_merge_counts_what_the_clients_sent_for_it_and_not_what_servers_exchan
 def test_what_a_peer_claims_to_have_sent_is_not_believed(who: str) -> None:
     stage = Stage()
     member = stage.clients[0] if who == "client" else stage.servers[0]
-    (event,) = stage.done(member, stage.turns[0], tally=Tally(samples=3, traffic={"smashed": (10**9, 0)}))
+    (event,) = stage.done(
+        member, stage.turns[0], tally=Tally(samples=3, traffic={"smashed": (10**9, 0)}, traffic_raw={"labels": (1, 1)})
+    )
     assert event.tally == Tally(samples=3)
 
 

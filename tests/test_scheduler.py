@@ -332,6 +332,23 @@ def test_every_client_with_data_evaluates_when_it_is_due_and_tests_once(play: Pl
 
 
 @unhurried
+@given(st.booleans(), st.sampled_from(["parallel", "round_robin"]), st.randoms(use_true_random=False))
+def test_what_loses_something_is_tested_with_and_without_and_validated_as_the_config_says(
+    through: bool, policy: str, random: Random
+) -> None:
+    keys = {"codec__up": "ms:ratio=0.9,bits=2", "codec__down": "mask", "codec__eval": through}
+    play = Play(config_of(schedule__clients=2, run__rounds=2, schedule__policy=policy, **keys)).begin()
+    play.go_on(random.choice)
+    ups = Counter((e.part, e.plan.up) for e in opened(play, Evaluate))
+    spec = "ms:ratio=0.9,bits=2"
+    validated = spec if through else "raw"
+    assert ups == {("validation", validated): 4, ("test", spec): 2, ("test", "raw"): 2}
+    assert {turn.plan.up for turn in turns_of(play)} == {spec}
+    assert {name: tally.samples for name, tally in play.scheduler.books.tests.items()} == {spec: 10, "raw": 10}
+    assert_restored(play)
+
+
+@unhurried
 @given(plays(), st.randoms(use_true_random=False))
 def test_rounds_add_up_exactly_and_their_versions_are_stored(play: Play, random: Random) -> None:
     play.begin().go_on(random.choice)

@@ -7,6 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from zsplit.codec import codec
     from zsplit.config import Config, load_config
     from zsplit.data import Data, from_datasets
     from zsplit.errors import ZsplitError
@@ -20,6 +21,7 @@ _HOMES = {
     "Data": "zsplit.data",
     "Result": "zsplit.launch",
     "ZsplitError": "zsplit.errors",
+    "codec": "zsplit.codec",
     "cut_points": "zsplit.model",
     "from_datasets": "zsplit.data",
     "load_config": "zsplit.config",
@@ -35,6 +37,7 @@ __all__ = [
     "Data",
     "Result",
     "ZsplitError",
+    "codec",
     "cut_points",
     "from_datasets",
     "load_config",

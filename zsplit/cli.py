@@ -2,9 +2,9 @@
 
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -202,7 +202,7 @@ def _print_result(result: "Result") -> None:
         up, down = (summary["bytes"][way] / 1e6 for way in ("up", "down"))
         figures += [
             f"{summary['rounds']} rounds, {summary['steps']} steps in {summary['seconds']:.1f} s",
-            f"{up:.1f} MB up, {down:.1f} MB down",
+            f"{up:.1f} MB up, {down:.1f} MB down" + _saved(summary),
         ]
     if summary.get("steps") and summary["predicted_step_seconds"]:
         taken, predicted = summary["step_seconds"]["median"], summary["predicted_step_seconds"]
@@ -213,6 +213,17 @@ def _print_result(result: "Result") -> None:
         figures.append(f"The merged model is {summary['model_file']}")
     for line in figures:
         click.echo(line)
+
+
+def _saved(summary: Mapping[str, Any]) -> str:
+    """Say what the codecs have saved, where they have, and what they cost in accuracy where that was seen."""
+    if summary["bytes"] == summary["bytes_raw"]:
+        return ""
+    up, down = (summary["bytes_raw"][way] / 1e6 for way in ("up", "down"))
+    raw, codec = summary["test_accuracy_raw"], summary["test_accuracy_codec"]
+    differs = raw is not None and codec is not None and raw != codec
+    tested = f"; test accuracy {100 * codec:.2f} % through the codec, {100 * raw:.2f} % without" if differs else ""
+    return f" (raw: {up:.1f} and {down:.1f}){tested}"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -13,8 +13,8 @@ def derive(seed: int, purpose: str, *parts: int | str) -> int:
     It is the blake2b digest of 8 bytes, read as a big-endian number and shifted right by one bit, of
     `"{seed}/{purpose}/{part}/{part}…"`. Purposes in use: `init`, `partition`, `validation` (client),
     `order` (client, round, local epoch), `dropout` (client, round, step, micro-batch, node),
-    `sample` (round), `shared` (round, step), `size` (train or test) and
-    `augment` (client, round, local epoch, sample).
+    `sample` (round), `shared` (round, step), `size` (train or test),
+    `augment` (client, round, local epoch, sample) and `codec` (client, round, step, micro-batch, leg).
     """
     text = "/".join(str(part) for part in (seed, purpose, *parts))
     return int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), "big") >> 1

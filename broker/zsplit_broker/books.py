@@ -64,11 +64,11 @@ class RoundBook:
 
 
 class Books:
-    """The rounds that are not over, by number, and what was tested at the end."""
+    """The rounds that are not over, by number, and what was tested at the end, by the codec of the smashed data."""
 
     def __init__(self) -> None:
         self.rounds: dict[int, RoundBook] = {}
-        self.test = NOTHING
+        self.tests: dict[str, Tally] = {}
         self._turns: dict[int, int] = {}
         self._since: dict[int, float] = {}
 
@@ -104,7 +104,7 @@ class Books:
                 book = self.rounds[job.round]
                 book.validation = add([book.validation, client])
             case Evaluate():
-                self.test = add([self.test, client])
+                self.tests[job.plan.up] = add([self.tests.get(job.plan.up, NOTHING), client])
             case Init() | Measure():
                 pass  # before the first round
 

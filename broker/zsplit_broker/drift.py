@@ -93,6 +93,8 @@ def slowed(profile: Profile, factor: float) -> Profile:
         profile,
         stretches=tuple(_slowed(stretch, factor) for stretch in profile.stretches),
         batch_seconds=profile.batch_seconds * factor,
+        encode=tuple(seconds * factor for seconds in profile.encode),
+        decode=tuple(seconds * factor for seconds in profile.decode),
         message_seconds=profile.message_seconds * factor,
     )
 
@@ -108,7 +110,7 @@ def _slowed(stretch: Stretch, factor: float) -> Stretch:
 
 def _silent(profile: Profile) -> Profile:
     """Return the profile without what messages cost: a tally counts as busy what the trainer computes."""
-    return replace(profile, message_seconds=0.0)
+    return replace(profile, message_seconds=0.0, encode=(), decode=())
 
 
 def ratio(one: float, other: float) -> float:

@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import msgspec
 
+from zsplit.wire.frames import raw_size
 from zsplit.wire.messages import (
     Attach,
     Attached,
@@ -21,6 +22,7 @@ from zsplit.wire.messages import (
     Ref,
     Role,
     Step,
+    TensorMeta,
     Tensors,
     Turn,
 )
@@ -47,11 +49,20 @@ UP, DOWN = 0, 1
 
 
 class Traffic:
-    """What was relayed under a lease: bytes by kind, up and down, and tensors that the server has not answered."""
+    """What was relayed under a lease: bytes by kind, up and down, and tensors that the server has not answered.
+
+    `raw` is what the bytes would have been without codecs.
+    """
 
     def __init__(self) -> None:
         self.bytes: defaultdict[str, list[int]] = defaultdict(lambda: [0, 0])
+        self.raw: defaultdict[str, list[int]] = defaultdict(lambda: [0, 0])
         self.unanswered = 0
+
+    def count(self, kind: str, way: int, size: int, raw: int) -> None:
+        """Count bytes of a kind."""
+        self.bytes[kind][way] += size
+        self.raw[kind][way] += raw
 
 
 class Lane:
@@ -85,14 +96,14 @@ class Lane:
         if not isinstance(message, Tensors):
             return
         self._traffic.unanswered += self._asks
-        counts, column = self._traffic.bytes, self._column
+        count, column = self._traffic.count, self._column
         if message.kind == "eval":
-            counts["evaluation"][column] += size
+            count("evaluation", column, size, size + sum(raw_of(meta) - meta.nbytes for meta in message.tensors))
             return
         for meta in message.tensors:
-            counts[meta.what][column] += meta.nbytes
+            count(meta.what, column, meta.nbytes, raw_of(meta))
             size -= meta.nbytes
-        counts["headers"][column] += size
+        count("headers", column, size, size)
 
 
 class Relay:
@@ -211,7 +222,7 @@ class Relay:
         if ref not in refs_of(work.job) or not takes_part(to, work.job):
             return None
         if session.role != to.role:
-            self._traffic(message.lease).bytes[message.what][UP if session.role == "client" else DOWN] += size
+            self._traffic(message.lease).count(message.what, UP if session.role == "client" else DOWN, size, size)
             session.up += size
             to.down += size
         return Route(to.data)
@@ -235,6 +246,11 @@ class Relay:
         traffic = self.traffic.get(lease)
         return {kind: (up, down) for kind, (up, down) in traffic.bytes.items()} if traffic else {}
 
+    def counted_raw(self, lease: Lease) -> dict[str, tuple[int, int]]:
+        """Return what these bytes would have been without codecs."""
+        traffic = self.traffic.get(lease)
+        return {kind: (up, down) for kind, (up, down) in traffic.raw.items()} if traffic else {}
+
     def _traffic(self, lease: Lease) -> Traffic:
         return self.traffic.setdefault(lease, Traffic())
 
@@ -248,6 +264,11 @@ class Relay:
         """Drop what was found out and counted for a lease that is over."""
         self.traffic.pop(lease, None)
         self._lanes.clear()
+
+
+def raw_of(meta: TensorMeta) -> int:
+    """Return the bytes that a tensor would have had without its codec."""
+    return meta.nbytes if meta.codec == "raw" else raw_size(meta)
 
 
 def legs_of(job: Job, role: Role) -> range:

@@ -193,8 +193,8 @@ class Router:
         """Add what the relay counted to the side that accounts for it: the client's, where there is one."""
         job = self.scheduler.work[lease].job
         if role == "server" and client_of(job) is not None:
-            return replace_tally(tally, {})
-        return replace_tally(tally, self.relay.counted(lease))
+            return replace_tally(tally, {}, {})
+        return replace_tally(tally, self.relay.counted(lease), self.relay.counted_raw(lease))
 
     def orders(self, session: Session, echo: float = 0.0, now: float = 0.0) -> Orders:
         """Return all that this peer should hold, under a new revision."""
@@ -282,6 +282,6 @@ def refuse_protocol(theirs: int) -> str:
     )
 
 
-def replace_tally(tally: Tally, traffic: dict[str, tuple[int, int]]) -> Tally:
+def replace_tally(tally: Tally, traffic: dict[str, tuple[int, int]], raw: dict[str, tuple[int, int]]) -> Tally:
     """Return the tally with the relay's count of bytes in the place of whatever the peer claimed."""
-    return msgspec.structs.replace(tally, traffic=traffic) if (tally.traffic or traffic) else tally
+    return msgspec.structs.replace(tally, traffic=traffic, traffic_raw=raw)

@@ -20,6 +20,7 @@ import msgspec
 
 from zsplit.config import Config
 from zsplit.errors import StorageError
+from zsplit.spec import parse
 from zsplit.wire.messages import (
     Contribution,
     Evaluate,
@@ -61,6 +62,7 @@ from zsplit_broker.events import (
 from zsplit_broker.plans import Plans
 from zsplit_broker.policy import Stage, merges_after, participants, shares_back, stages_of
 from zsplit_broker.survey import Survey, measures
+from zsplit_broker.tally import NOTHING
 from zsplit_broker.work import Peer, Work, client_of, refs_in, refs_of
 
 Phase = Literal[
@@ -143,8 +145,21 @@ class Scheduler:
 
     @property
     def test(self) -> Tally:
-        """What the evaluation at the end found."""
-        return self.books.test
+        """What the evaluation at the end found, through the codec or not as the config says."""
+        return self.tested(self.config.codec.eval)
+
+    def tested(self, through: bool) -> Tally:
+        """What the evaluation at the end found where smashed data took their codec, or travelled raw.
+
+        Where the codec is lossless, both are the same and only one was done.
+        """
+        tests = self.books.tests
+        return tests.get(self._evaluation_plan(0, through if self.lossy else self.config.codec.eval).up, NOTHING)
+
+    @property
+    def lossy(self) -> bool:
+        """Whether smashed data come out of the codec other than they went in."""
+        return not parse(self.plan_of(0).up).lossless
 
     def servers(self) -> list[int]:
         """Return the indexes of the servers that are here."""
@@ -454,7 +469,7 @@ class Scheduler:
     def _validate(self, round_: int, version: Ref) -> Iterator[Instruction]:
         every = self.config.run.eval_every
         if every and (round_ + 1) % every == 0:
-            yield from self._evaluate("validation", round_, version)
+            yield from self._evaluate("validation", round_, version, self.config.codec.eval)
 
     def _settle(self) -> Iterator[Instruction]:
         """Record the rounds whose version is stored and evaluated, in order."""
@@ -468,11 +483,16 @@ class Scheduler:
 
     def _test(self) -> Iterator[Instruction]:
         self.phase = "testing"
-        yield from self._evaluate("test", self.round, self._base())
+        yield from self._evaluate("test", self.round, self._base(), self.config.codec.eval)
+        if self.lossy:
+            yield from self._evaluate("test", self.round, self._base(), not self.config.codec.eval)
         if not self.work:
             yield from self._advance()
 
-    def _evaluate(self, part: Literal["validation", "test"], round_: int, version: Ref) -> Iterator[Instruction]:
+    def _evaluate(
+        self, part: Literal["validation", "test"], round_: int, version: Ref, through: bool
+    ) -> Iterator[Instruction]:
+        """Have a version evaluated, smashed data going `through` their codec or raw."""
         for client in range(self.config.schedule.clients):
             if getattr(self.peers["client", client].prepared, part):
                 yield self._open(
@@ -481,11 +501,15 @@ class Scheduler:
                         client=client,
                         server=self._least_loaded(),
                         base=version,
-                        plan=self.plan_of(client),
+                        plan=self._evaluation_plan(client, through),
                         round=round_,
                         part=part,
                     )
                 )
+
+    def _evaluation_plan(self, client: int, through: bool) -> Plan:
+        plan = self.plan_of(client)
+        return plan if through else msgspec.structs.replace(plan, up="raw")
 
     def _finish(self, ok: bool, sentence: str) -> Iterator[Instruction]:
         self.phase = "finished"

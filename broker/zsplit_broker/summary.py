@@ -1,6 +1,6 @@
 """What a run was, in figures: all from the tallies of the leases that count."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import median
 
@@ -18,7 +18,8 @@ def summarise(scheduler: Scheduler, run: str, folder: Path) -> dict[str, object]
     train = add(record.train for record in history)
     server = add(record.server for record in history)
     last = next((r.validation for r in reversed(history) if r.validation.samples), NOTHING)
-    everything = add([train, server, *(r.validation for r in history), scheduler.test])
+    tests = {"": scheduler.test, "_codec": scheduler.tested(True), "_raw": scheduler.tested(False)}
+    everything = add([train, server, *(r.validation for r in history), *scheduler.books.tests.values()])
     outcome = scheduler.outcome
     return {
         "name": config.run.name,
@@ -38,16 +39,17 @@ def summarise(scheduler: Scheduler, run: str, folder: Path) -> dict[str, object]
         "val_loss": mean(last.loss_sum, last.samples),
         "val_accuracy": mean(last.top1, last.samples),
         "val_top5": mean(last.top5, last.samples),
-        "test_loss": mean(scheduler.test.loss_sum, scheduler.test.samples),
-        "test_accuracy": mean(scheduler.test.top1, scheduler.test.samples),
-        "test_top5": mean(scheduler.test.top5, scheduler.test.samples),
+        **{f"test_loss{by}": mean(tally.loss_sum, tally.samples) for by, tally in tests.items()},
+        **{f"test_accuracy{by}": mean(tally.top1, tally.samples) for by, tally in tests.items()},
+        **{f"test_top5{by}": mean(tally.top5, tally.samples) for by, tally in tests.items()},
         "seconds": scheduler.seconds,
         "step_seconds": {
             "median": quantile(train.step_seconds, 0.5),
             "p95": quantile(train.step_seconds, 0.95),
         },
         "predicted_step_seconds": median(scheduler.plans.predicted.values()) if scheduler.plans.predicted else None,
-        "bytes": bytes_by_kind(everything),
+        "bytes": bytes_by_kind(everything.traffic),
+        "bytes_raw": bytes_by_kind(everything.traffic_raw),
         "idle": idle(history, config.schedule.clients, scheduler.servers()),
         "bubble": bubble(history, config.schedule.clients, scheduler.servers()),
         "model_file": str(folder / "model.safetensors") if outcome and outcome.ok else "",
@@ -97,8 +99,8 @@ def _rest(busy: float, wall: float) -> float | None:
     return max(0.0, 1 - busy / wall) if wall else None
 
 
-def bytes_by_kind(tally: Tally) -> dict[str, object]:
+def bytes_by_kind(traffic: Mapping[str, tuple[int, int]]) -> dict[str, object]:
     """Return bytes up and down as seen from the clients: all, and by kind."""
-    kinds = {kind: {"up": up, "down": down} for kind, (up, down) in sorted(tally.traffic.items())}
+    kinds = {kind: {"up": up, "down": down} for kind, (up, down) in sorted(traffic.items())}
     total = {way: sum(row[way] for row in kinds.values()) for way in ("up", "down")}
     return {**total, "kinds": kinds}

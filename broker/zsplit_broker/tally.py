@@ -13,6 +13,7 @@ def add(tallies: Iterable[Tally]) -> Tally:
     counts: dict[str, int] = dict.fromkeys(("steps", "samples", "top1", "top5"), 0)
     durations: dict[int, int] = {}
     traffic: dict[str, tuple[int, int]] = {}
+    raw: dict[str, tuple[int, int]] = {}
     flow = Flow()
     for tally in tallies:
         for name in total:
@@ -21,7 +22,7 @@ def add(tallies: Iterable[Tally]) -> Tally:
             counts[name] += getattr(tally, name)
         for bucket, count in tally.step_seconds.items():
             durations[bucket] = durations.get(bucket, 0) + count
-        traffic = add_traffic(traffic, tally.traffic)
+        traffic, raw = add_traffic(traffic, tally.traffic), add_traffic(raw, tally.traffic_raw)
         flow = add_flow(flow, tally.flow)
     return Tally(
         steps=counts["steps"],
@@ -35,6 +36,7 @@ def add(tallies: Iterable[Tally]) -> Tally:
         flow=flow,
         step_seconds=durations,
         traffic=traffic,
+        traffic_raw=raw,
     )
 
 

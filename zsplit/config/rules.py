@@ -7,6 +7,7 @@ from zsplit.config.keys import as_toml
 from zsplit.config.sections import (
     AggregateSection,
     BrokerSection,
+    CodecSection,
     DataSection,
     LinkSection,
     ModelSection,
@@ -16,6 +17,8 @@ from zsplit.config.sections import (
     TrainSection,
 )
 from zsplit.config.shape import ranges
+from zsplit.errors import ConfigError
+from zsplit.spec import parse
 
 LAST_PORT = 65535
 
@@ -175,6 +178,25 @@ def in_patience(run: RunSection, data: DataSection) -> Iterator[str]:
     if run.patience and not (run.eval_every and data.val_fraction):
         key = "run.eval_every" if not run.eval_every else "data.val_fraction"
         yield f"run.patience = {run.patience} needs evaluations on validation data: set {key} above 0."
+
+
+def in_codecs(codec: CodecSection) -> Iterator[str]:
+    """How tensors travel, and what the way back needs of the way there."""
+    try:
+        up, down = parse(codec.up, "codec.up ="), parse(codec.down, "codec.down =")
+    except ConfigError as error:
+        yield str(error)
+        return
+    if up.answers:
+        yield (
+            f"codec.up = {as_toml(codec.up)} cannot be, since smashed data answer nothing that has kept places: "
+            "mask is for codec.down, set topk, randtopk or ms here."
+        )
+    elif down.answers and not up.keeps:
+        yield (
+            f"codec.down = {as_toml(codec.down)} needs places that codec.up has kept, and codec.up = "
+            f"{as_toml(codec.up)} keeps all: set codec.up to topk, randtopk or ms, or codec.down to something else."
+        )
 
 
 def in_link(link: LinkSection) -> Iterator[str]:

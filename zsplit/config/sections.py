@@ -16,7 +16,6 @@ OptimizerState = Literal["carry", "reset", "local"]
 ServerModel = Literal["replica", "shared", "fused"]
 SharedOrder = Literal["step", "turn"]
 Rates = Literal["constant", "step", "multistep", "cosine"]
-Codec = Literal["raw"]
 BatchNorm = Literal["deferred", "micro"]
 Labels = Literal["share", "server", "keep"]
 Auto = Literal["auto"]
@@ -212,8 +211,9 @@ class AggregateSection(Section, frozen=True):
 class CodecSection(Section, frozen=True):
     """How tensors become bytes."""
 
-    up: Annotated[Codec, _is("codec of the smashed data")] = "raw"
-    down: Annotated[Codec, _is("codec of their gradients")] = "raw"
+    up: Annotated[str, _is("codec of the smashed data, such as `half` or `ms:ratio=0.99,bits=2+lz4`")] = "raw"
+    down: Annotated[str, _is("codec of their gradients; `mask`: at the places that `codec.up` has kept")] = "raw"
+    eval: Annotated[bool, _is("evaluations go through `codec.up`; false: their smashed data travel raw")] = True
 
 
 class ClientLink(Section, frozen=True):

@@ -90,6 +90,11 @@ class Timetable:
         """Return the seconds of the back's optimizer step."""
         return self._backs[self.index[cut] + 1].step
 
+    def packing(self, cut: str) -> tuple[float, float]:
+        """Return the seconds a sample of packing what is sent at the cut, and of unpacking what comes there."""
+        place, profile = self.index[cut], self.profile
+        return (profile.encode[place] if profile.encode else 0.0), (profile.decode[place] if profile.decode else 0.0)
+
     def front_memory(self, cut: str, samples: int, slots: int) -> float:
         """Return bytes for training the front with so many samples in flight.
 
@@ -165,9 +170,10 @@ def pace(
     up, down = client.profile.up[place], client.profile.down[place]
     own, theirs = client.profile.message_seconds, server.profile.message_seconds
     fronts = {size: client.front(cut, size) for size in set(sizes)}
-    backs = {size: sum(server.back(cut, size)) + theirs for size in fronts}
-    forward = [fronts[size].forward + own / 2 for size in sizes]
-    backward = [fronts[size].backward + own / 2 for size in sizes]
+    backs = {size: sum(server.back(cut, size)) + theirs + size * sum(server.packing(cut)) for size in fronts}
+    pack, unpack = client.packing(cut)
+    forward = [fronts[size].forward + own / 2 + size * pack for size in sizes]
+    backward = [fronts[size].backward + own / 2 + size * unpack for size in sizes]
     forward[0] += client.profile.batch_seconds
     backward[-1] += client.front_step(cut)
     return Pace(

@@ -40,6 +40,7 @@ def run_server(
         config = from_json(link.welcome.config)
         set_up(config, config.server.threads)
         place = choose_device(device or config.server.device)
+        link.unpack_on(place)
         known = data.shape if data else shape
         labels = LabelBook(_labels_of(config, data, allow)) if config.train.labels == "server" else None
         workshop = Workshop(config, known or sample_shape(config), place, model, allowed=allow)
@@ -74,6 +75,7 @@ def run_client(
         config = from_json(link.welcome.config)
         set_up(config, config.client.threads)
         place = choose_device(device or config.client.device)
+        link.unpack_on(place)
         mine = _data_of(config, link.welcome.index, data, allow)
         shape = tuple(data.shape) if data else sample_shape(config)
         workshop = Workshop(config, shape, place, model, cut_of(config, link.welcome.index), allow)

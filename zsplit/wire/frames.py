@@ -6,7 +6,8 @@ from typing import TypeVar
 
 import msgspec
 
-from zsplit.errors import LocalProtocolError, RemoteProtocolError
+from zsplit.errors import ConfigError, LocalProtocolError, RemoteProtocolError
+from zsplit.spec import bounds, parse
 from zsplit.wire.messages import Chunk, ControlMessage, Data, DataMessage, TensorMeta, Tensors
 
 MAX_HEADER = 64 * 1024
@@ -17,6 +18,9 @@ MAX_CONTROL = 16 * 1024 * 1024
 
 CHUNK = 4 * 1024 * 1024
 """Bytes of a state that travel in one frame at most."""
+
+LARGEST = 2**40
+"""Bytes of a tensor in memory that any peer could mean; where a config says less, that holds."""
 
 MAX_FRAMES = 8
 """Frames behind the header of a data message."""
@@ -85,25 +89,27 @@ def protocol_of(header: bytes) -> int | None:
         return None
 
 
-def check_frames(message: DataMessage, sizes: Sequence[int]) -> None:
-    """Check that the frames behind a header are what it declares: their number, sizes, dtypes and shapes.
+def check_frames(message: DataMessage, sizes: Sequence[int], largest: int = LARGEST) -> None:
+    """Check that the frames behind a header are what it declares: their number, sizes, dtypes, shapes and codecs.
 
-    Raises RemoteProtocolError. Shapes and byte counts of uncompressed tensors must multiply out.
+    Raises RemoteProtocolError. Shapes and byte counts must be what the codec makes of each other, and no tensor may
+    have more than `largest` bytes, whatever it was compressed to.
     """
     if isinstance(message, Tensors):
         for meta in message.tensors:
-            _check_meta(meta)
+            _check_meta(meta, largest)
     check_sizes(message, sizes)
 
 
 def check_sizes(message: DataMessage, sizes: Sequence[int]) -> None:
     """Check that the frames behind a header have the number and the sizes that it declares.
 
-    Raises RemoteProtocolError. To whoever only passes the frames on nothing else matters.
+    Raises RemoteProtocolError. To whoever only passes the frames on nothing else matters, but how many bytes compressed
+    tensors would have had.
     """
     declared: list[int] = []
     if isinstance(message, Tensors):
-        declared = [meta.nbytes for meta in message.tensors]
+        declared = [meta.nbytes for meta in message.tensors if meta.codec == "raw" or raw_size(meta) <= LARGEST]
     elif isinstance(message, Chunk) and message.nbytes:
         declared = [message.nbytes]
     if list(sizes) != declared:
@@ -118,12 +124,26 @@ def elements(shape: Sequence[int]) -> int:
     return prod(shape)
 
 
-def _check_meta(meta: TensorMeta) -> None:
+def raw_size(meta: TensorMeta) -> int:
+    """Return the bytes of a tensor as it is in memory. Raises RemoteProtocolError where there is no such tensor."""
     if meta.dtype not in ITEMSIZE:
         raise RemoteProtocolError(f"unknown dtype {meta.dtype!r}")
-    raw = elements(meta.shape) * ITEMSIZE[meta.dtype]
-    if meta.nbytes < 0 or (meta.codec == "raw" and raw != meta.nbytes):
-        raise RemoteProtocolError(f"{meta.dtype}{list(meta.shape)} is {raw} bytes, the header says {meta.nbytes}")
+    return elements(meta.shape) * ITEMSIZE[meta.dtype]
+
+
+def _check_meta(meta: TensorMeta, largest: int) -> None:
+    raw = raw_size(meta)
+    least, most = raw, raw
+    if meta.codec != "raw":
+        try:
+            least, most = bounds(parse(meta.codec), meta.shape, ITEMSIZE[meta.dtype])
+        except ConfigError as error:
+            raise RemoteProtocolError(str(error)) from error
+    if not least <= meta.nbytes <= most:
+        size = f"{raw} bytes" if meta.codec == "raw" else f'{least} to {most} bytes with the codec "{meta.codec}"'
+        raise RemoteProtocolError(f"{meta.dtype}{list(meta.shape)} is {size}, the header says {meta.nbytes}")
+    if raw > largest:
+        raise RemoteProtocolError(f"{meta.dtype}{list(meta.shape)} is {raw} bytes, the limit is {largest}")
 
 
 def _decoded(decoder: msgspec.msgpack.Decoder[M], header: bytes) -> M:

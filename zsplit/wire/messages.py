@@ -180,10 +180,11 @@ class Profile(Record, frozen=True):
     """What a peer measured of itself: every stretch at several slice sizes (samples, ascending).
 
     `cuts` are the places in the model's order; stretch i ends at cut i, the last one at the loss. `up` and `down` are
-    bytes a sample on the wire at each cut, after the codec. `batch_seconds` is what a mini-batch takes to load,
-    `message_seconds` what encoding, queueing and decoding add to each micro-batch at this peer. `batch_norm` says
-    whether the model has BatchNorm. Where the peer ran out of memory stretches are missing from the end, and `note`
-    says so.
+    bytes a sample on the wire at each cut, after the codec. `encode` and `decode` are the seconds a sample in which
+    this peer packs what it sends at each cut and unpacks what it receives there; none where all travels raw.
+    `batch_seconds` is what a mini-batch takes to load, `message_seconds` what encoding, queueing and decoding add to
+    each micro-batch, however small. `batch_norm` says whether the model has BatchNorm. Where the peer ran out of memory
+    stretches are missing from the end, and `note` says so.
     """
 
     cuts: tuple[str, ...]
@@ -195,6 +196,8 @@ class Profile(Record, frozen=True):
     message_seconds: Amount = 0.0
     batch_norm: bool = False
     note: str = ""
+    encode: tuple[Amount, ...] = ()
+    decode: tuple[Amount, ...] = ()
 
 
 class LinkSpeed(Record, frozen=True):
@@ -225,7 +228,8 @@ class Tally(Record, frozen=True):
 
     `seconds` and `idle` are wall time in the job and the part of it spent waiting for the other side, `busy` the part
     spent on loading batches, forward, backward and optimizer's step. `flow` is what came in from the other side.
-    `traffic` is filled in by the broker: bytes by kind, up and down as seen from the client.
+    `traffic` and `traffic_raw` are filled in by the broker: bytes by kind, up and down as seen from the client, as they
+    were sent and as they would have been without a codec.
     """
 
     steps: Count = 0
@@ -239,6 +243,7 @@ class Tally(Record, frozen=True):
     flow: Flow = Flow()
     step_seconds: dict[Bucket, Count] = {}
     traffic: dict[str, tuple[Count, Count]] = {}
+    traffic_raw: dict[str, tuple[Count, Count]] = {}
 
 
 def bucket_of(seconds: float) -> int:

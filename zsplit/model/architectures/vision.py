@@ -60,7 +60,7 @@ def tutorial_resnet18_softmax(num_classes: int, _: Shape) -> nn.Module:
     The loss takes logits and gets probabilities: a mistake there, which its accuracy includes, and here a variant to
     compare with. Parameters keep torchvision's names.
     """
-    model = _torchvision("resnet18", num_classes)
+    model: nn.Module = _torchvision("resnet18", num_classes)
     classifier = _Softmax(model.fc.in_features, num_classes)
     classifier.load_state_dict(model.fc.state_dict())
     model.fc = classifier

@@ -10,14 +10,16 @@ from functools import partial
 from typing import NamedTuple
 
 import msgspec
+import torch
 from torch import Tensor
 
 from zsplit.codec import decode, encode, is_view
 from zsplit.train.link.clock import Clock
+from zsplit.train.link.contexts import Contexts
 from zsplit.train.link.flows import Flows
 from zsplit.train.link.lanes import Lane
 from zsplit.train.link.spans import Recorder
-from zsplit.wire.messages import Step, What
+from zsplit.wire.messages import Step, TensorMeta, What
 from zsplit.wire.messages import Tensors as TensorsMessage
 
 SMALL = 256 * 1024
@@ -45,7 +47,10 @@ class Outgoing(NamedTuple):
 
 
 class Exchange:
-    """Between the trainer and the link's thread: `post` takes what is to leave, `deliver` what has come."""
+    """Between the trainer and the link's thread: `post` takes what is to leave, `deliver` what has come.
+
+    What came compressed is unpacked on `device`. `seed` is the run's.
+    """
 
     def __init__(
         self,
@@ -54,8 +59,11 @@ class Exchange:
         post: Callable[[Outgoing], None],
         deliver: Callable[[Incoming], None],
         failed: Callable[[Exception], None],
+        seed: int = 0,
     ) -> None:
         self.flows = Flows()
+        self.contexts = Contexts(seed)
+        self.device = torch.device("cpu")
         self._clock, self._spans = clock, spans
         self._post, self._deliver = post, deliver
         self._encoding = Lane("zsplit-encode", failed)
@@ -88,15 +96,36 @@ class Exchange:
     def _encode(self, message: TensorsMessage | Step, tensors: Sequence[Tagged]) -> None:
         frames: list[memoryview] = []
         if isinstance(message, TensorsMessage) and tensors:
+            if any(self.contexts.lacks(message, codec) for _, _, codec in tensors):
+                return
             with self._spans.span("up", "encode", message.step, message.micro, message.lease):
-                encoded = [encode(what, tensor, codec) for what, tensor, codec in tensors]
+                encoded = [self._encode_one(message, *tagged) for tagged in tensors]
             frames = [frame for _, frame in encoded]
             message = msgspec.structs.replace(message, tensors=tuple(meta for meta, _ in encoded))
         self._post(Outgoing(message, frames, time.monotonic()))
 
+    def _encode_one(
+        self, message: TensorsMessage, what: What, tensor: Tensor, codec: str
+    ) -> tuple[TensorMeta, memoryview]:
+        context = self.contexts.of(message, codec)
+        encoded = encode(what, tensor, codec, context, None if codec == "raw" else self.contexts.seed(message))
+        self.contexts.add(message, codec, context)
+        return encoded
+
     def _decode(self, message: TensorsMessage | Step, buffers: list[memoryview], arrived: float) -> None:
         tensors: dict[str, Tensor] = {}
         if isinstance(message, TensorsMessage) and buffers:
+            if any(self.contexts.lacks(message, meta.codec) for meta in message.tensors):
+                return
             with self._spans.span("down", "decode", message.step, message.micro, message.lease):
-                tensors = {m.what: decode(m, buffer) for m, buffer in zip(message.tensors, buffers, strict=True)}
+                tensors = {
+                    m.what: self._decode_one(message, m, buffer)
+                    for m, buffer in zip(message.tensors, buffers, strict=True)
+                }
         self._deliver(Incoming(message, tensors, arrived))
+
+    def _decode_one(self, message: TensorsMessage, meta: TensorMeta, buffer: memoryview) -> Tensor:
+        context = self.contexts.of(message, meta.codec)
+        tensor = decode(meta, buffer, context, self.device)
+        self.contexts.add(message, meta.codec, context)
+        return tensor

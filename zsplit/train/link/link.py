@@ -11,6 +11,8 @@ import threading
 import uuid
 from collections.abc import Callable, Sequence
 
+import torch
+
 from zsplit.errors import ConfigError, LinkError, ZsplitError
 from zsplit.greeting import greet, parse_address
 from zsplit.train.link.clock import Clock
@@ -114,6 +116,10 @@ class Link:
             self._wake.set()
 
     # Tensors
+
+    def unpack_on(self, device: torch.device) -> None:
+        """Have compressed tensors that arrive unpacked on this device; raw ones stay in the memory they came in."""
+        self._session.exchange.device = device
 
     def send_tensors(
         self,

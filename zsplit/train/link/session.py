@@ -74,10 +74,11 @@ class Session:
         self.standing = Standing()
         self.clock = Clock()
         self.spans = Recorder(self.config.run.timeline)
-        self.exchange = Exchange(self.clock, self.spans, self._post, tell, self._fail)
+        self.exchange = Exchange(self.clock, self.spans, self._post, tell, self._fail, self.config.run.seed)
         self._run, self._session = welcome.run, welcome.session
         self._connection, self._hello = connection, hello
         self._tell, self._wake = tell, wake
+        self._largest = max(2 * CHUNK, self.config.broker.max_message_mb * 2**20)
         self._outbox: deque[Outgoing] = deque()
         self._messages: deque[ControlMessage] = deque()
         self._telemetry = Telemetry(session=self._session)
@@ -93,8 +94,7 @@ class Session:
         if self._hello.role == "client":
             shape = link_of(self.config, self.welcome.index)
             self._connection.shape(*lines(shape.rows(), shape.rtt_ms / 1000, time.monotonic()))
-        largest = max(2 * CHUNK, self.config.broker.max_message_mb * 2**20)
-        self._connection.open_data(self.welcome.data_port, largest)
+        self._connection.open_data(self.welcome.data_port, self._largest)
 
     # For other threads
 
@@ -195,6 +195,7 @@ class Session:
         if self._hello.role == "server":
             self.spans.clients = {job.lease: job.client for job in orders.jobs if not isinstance(job, Init | Merge)}
         self.exchange.flows.keep({job.lease for job in orders.jobs})
+        self.exchange.contexts.keep(orders.jobs)
         self._tell(orders)
 
     def _send_messages(self) -> None:
@@ -216,7 +217,7 @@ class Session:
     def _receive(self, received: Received, at: float) -> None:
         message = decode_data(received.header)
         buffers = received.buffers
-        check_frames(message, [buffer.nbytes for buffer in buffers])
+        check_frames(message, [buffer.nbytes for buffer in buffers], self._largest)
         match message:
             case TensorsMessage() | Step():
                 self.exchange.receive(message, buffers, at)

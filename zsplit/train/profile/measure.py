@@ -45,10 +45,10 @@ def measure(
     """
     until = clock() + config.plan.profile_seconds
     batch_norm = has_batch_norm(workshop)
-    witness = Witness(workshop.traced.cuts, config.codec)
+    witness = Witness(workshop.traced.cuts, config.codec, role, clock)
     sizes = wanted = slice_sizes(config, batch_norm)
     stretches: list[Stretch] = []
-    with Messenger(clock) as messenger:
+    with Messenger(clock, config.codec.up) as messenger:
         try:
             with room():
                 survey = Survey(Chain(workshop, config, clock), config, role, clock, until, messenger)
@@ -62,6 +62,8 @@ def measure(
         down=tuple(witness.down),
         sizes=tuple(sizes),
         stretches=tuple(stretches),
+        encode=tuple(witness.encode) if any(witness.encode) else (),
+        decode=tuple(witness.decode) if any(witness.decode) else (),
         batch_seconds=batch_seconds(load, clock) if load is not None else 0.0,
         message_seconds=messenger.seconds,
         batch_norm=batch_norm,

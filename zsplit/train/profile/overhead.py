@@ -51,8 +51,8 @@ class Messenger:
     long as over and over. So `pass_on` is to be called where messages are, after a slice.
     """
 
-    def __init__(self, clock: Clock) -> None:
-        self._clock = clock
+    def __init__(self, clock: Clock, codec: str) -> None:
+        self._clock, self._codec = clock, codec
         self._there: SimpleQueue[Packed | None] = SimpleQueue()
         self._back: SimpleQueue[dict[str, Tensor]] = SimpleQueue()
         self._context = zmq.Context()
@@ -84,7 +84,7 @@ class Messenger:
 
     def _pass_on(self) -> None:
         with randomness(0, 0, 0, 0, 0):
-            smashed = encode("smashed", torch.zeros(1, 1))
+            smashed = encode("smashed", torch.zeros(1, 1), self._codec)
         labels = encode("labels", torch.zeros(1, dtype=torch.int64))
         header = Tensors(
             run="run", session="session", lease=Lease(0, 0), kind="train", step=0, micro=0, leg=0,
