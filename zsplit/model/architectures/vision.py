@@ -61,9 +61,11 @@ def tutorial_resnet18_softmax(num_classes: int, _: Shape) -> nn.Module:
     compare with. Parameters keep torchvision's names.
     """
     model: nn.Module = _torchvision("resnet18", num_classes)
-    classifier = _Softmax(model.fc.in_features, num_classes)
-    classifier.load_state_dict(model.fc.state_dict())
-    model.fc = classifier
+    plain = model.get_submodule("fc")
+    assert isinstance(plain, nn.Linear)
+    classifier = _Softmax(plain.in_features, num_classes)
+    classifier.load_state_dict(plain.state_dict())
+    model.register_module("fc", classifier)
     return model
 
 
