@@ -368,6 +368,23 @@ class TestLongTensors:
         assert made[0] == made[1]
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+class TestOnTheDevice:
+    """Where the tensor is on a GPU, so is the work; what is not random gives the same bytes there."""
+
+    @pytest.mark.parametrize("spec", [spec for spec in ALL if "rand" not in spec and "stochastic" not in spec])
+    @pytest.mark.parametrize("shape", [(3, 400), (LONG + 5,)], ids=str)
+    def test_a_frame_is_that_of_the_cpu_and_comes_back_to_the_device(self, spec: str, shape: tuple[int, ...]) -> None:
+        x = random(*shape)
+        here, there = Ends(spec).answering(x), Ends(spec).answering(x)
+        y = here.send(x)
+        meta, frames = there.codec.encode(x.cuda(), there.ours)
+        assert bytes(frames[0]) == bytes(here.frames[0])
+        back, _ = there.codec.decode(meta, frames, there.theirs, torch.device("cuda"))
+        assert torch.equal(back.cpu(), y)
+        assert back.is_cuda or there.codec.spec.text == "raw"
+
+
 class TestBits:
     @given(st.integers(1, 8).flatmap(lambda b: st.tuples(st.just(b), st.lists(st.integers(0, 2**b - 1), max_size=40))))
     def test_codes_come_back_from_as_many_bits(self, drawn: tuple[int, list[int]]) -> None:
