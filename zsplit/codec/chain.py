@@ -6,12 +6,11 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from zsplit.codec import half, lz4, ms, quantize, topk
+from zsplit.codec import lz4, topk, values
 from zsplit.codec.context import Context
-from zsplit.codec.tensors import DTYPES, NAMES, aligned, from_bytes, memory, tensor_of, to_bytes
+from zsplit.codec.tensors import DTYPES, NAMES, aligned, memory, tensor_of
 from zsplit.errors import ConfigError, LocalProtocolError, RemoteProtocolError
-from zsplit.spec import Half, Mask, Ms, Quantize, Raw, Spec, bounds, nbytes, parse
-from zsplit.spec.sizes import positions
+from zsplit.spec import Half, Mask, Ms, Quantize, Spec, bounds, nbytes, parse, sizes
 from zsplit.wire.frames import elements
 from zsplit.wire.messages import TensorMeta, What
 
@@ -62,12 +61,12 @@ class Codec:
         """
         context = context if context is not None else Context()
         dtype = self._checked(meta, frames)
-        if isinstance(self.spec.values, Raw) and self.spec.select is None and not self.spec.lz4:
+        if self.spec.lossless and not self.spec.lz4:
             return aligned(tensor_of(frames[0], dtype)).reshape(meta.shape), context
-        positions_ = self._positions_before(meta, context, device)
-        size = nbytes(self.spec, meta.shape, dtype.itemsize, 0 if positions_ is None else len(positions_))
+        places = self._places_before(meta, context, device)
+        size = nbytes(self.spec, meta.shape, dtype.itemsize, 0 if places is None else len(places))
         data = tensor_of(self._bytes(frames[0], size, dtype), torch.uint8).to(device)
-        return self._tensor(data, meta.shape, dtype, context, positions_), context
+        return self._tensor(data, meta.shape, dtype, context, places), context
 
     # Out
 
@@ -85,27 +84,15 @@ class Codec:
     def _pieces(self, x: Tensor, context: Context, seed: int | None) -> list[Tensor]:
         match self.spec.select:
             case None:
-                return self._write(x, context, seed)
+                return values.write(self.spec.values, x, context, seed)
             case Mask():
                 places = topk.kept_before(tuple(x.shape), context, x.device, ours=True)
-                return self._write(x.view(-1).take(places), context, seed)
+                return values.write(self.spec.values, x.view(-1).take(places), context, seed)
             case stage:
                 places = topk.choose(stage, x, seed)
                 context.keep(tuple(x.shape), places)
-                return [topk.write(stage, tuple(x.shape), places), *self._write(x.view(-1).take(places), context, seed)]
-
-    def _write(self, x: Tensor, context: Context, seed: int | None) -> list[Tensor]:
-        if not x.numel():
-            return [torch.empty(0, dtype=torch.uint8, device=x.device)]
-        match self.spec.values:
-            case Raw():
-                return [to_bytes(x)]
-            case Half() as stage:
-                return half.write(stage, x)
-            case Quantize() as stage:
-                return quantize.write(stage, x, seed)
-            case Ms() as stage:
-                return ms.write(stage, x, context)
+                kept = values.write(self.spec.values, x.view(-1).take(places), context, seed)
+                return [topk.write(stage, tuple(x.shape), places), *kept]
 
     def _keep_nothing(self, shape: tuple[int, ...], context: Context) -> None:
         if self.spec.keeps:
@@ -122,15 +109,15 @@ class Codec:
         if not (self.spec.lossless or dtype.is_floating_point):
             raise RemoteProtocolError(f'cannot decode {meta.dtype} with the codec "{meta.codec}"')
         least, most = bounds(self.spec, meta.shape, dtype.itemsize)
-        sizes = [frame.nbytes for frame in frames]
-        if sizes != [meta.nbytes] or not least <= meta.nbytes <= most:
+        came = [frame.nbytes for frame in frames]
+        if came != [meta.nbytes] or not least <= meta.nbytes <= most:
             raise RemoteProtocolError(
                 f'{meta.dtype}{list(meta.shape)} is {least} to {most} bytes with the codec "{meta.codec}", '
-                f"the header says {meta.nbytes}, {sizes} came"
+                f"the header says {meta.nbytes}, {came} came"
             )
         return dtype
 
-    def _positions_before(self, meta: TensorMeta, context: Context, device: torch.device) -> Tensor | None:
+    def _places_before(self, meta: TensorMeta, context: Context, device: torch.device) -> Tensor | None:
         if isinstance(self.spec.select, Mask) and elements(meta.shape):
             return topk.kept_before(meta.shape, context, device, ours=False)
         return None
@@ -156,27 +143,16 @@ class Codec:
             return torch.empty(shape, dtype=dtype, device=data.device)
         stage = self.spec.select
         if stage is None:
-            return self._read(data, shape, dtype, context)
+            return values.read(self.spec.values, data, shape, dtype, context)
         if not isinstance(stage, Mask):
-            size = positions(stage, shape)
+            size = sizes.positions(stage, shape)
             places = topk.read(stage, data[:size], shape)
             context.keep(shape, places)
             data = data[size:]
         x = torch.zeros(elements(shape), dtype=dtype, device=data.device)
         if places is not None and len(places):
-            x[places] = self._read(data, (len(places),), dtype, context)
+            x[places] = values.read(self.spec.values, data, (len(places),), dtype, context)
         return x.view(shape)
-
-    def _read(self, data: Tensor, shape: tuple[int, ...], dtype: torch.dtype, context: Context) -> Tensor:
-        match self.spec.values:
-            case Raw():
-                return from_bytes(data, dtype).view(shape)
-            case Half() as stage:
-                return half.read(stage, data, shape, dtype)
-            case Quantize() as stage:
-                return quantize.read(stage, data, shape, dtype)
-            case Ms() as stage:
-                return ms.read(stage, data, shape, dtype, context)
 
 
 def encode(
