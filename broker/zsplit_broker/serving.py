@@ -44,7 +44,7 @@ class Serving(Scheduler):
         busy = {client_of(work.job) for work in self.work.values()}
         idle = sorted(index for role, index in self.peers if role == "client" and index not in busy)
         for client in idle if self.servers() else ():
-            server, base = self._least_loaded(), self._base()
+            server, base = self.least_loaded(), self.base()
             plan = self.plan_of(client)
             yield self._open(Predict(lease=self._lease(), client=client, server=server, base=base, plan=plan))
 
