@@ -24,7 +24,10 @@ NEAR = 1e-5
 
 
 class Scores(msgspec.Struct, frozen=True, kw_only=True):
-    """What a model does on the test data: means over its samples. `expected` is what the run's summary says."""
+    """What a model does on the test data: means over its samples. `expected` is what the summary says.
+
+    Where there was a codec, that is what it says of the model without.
+    """
 
     samples: int
     loss: float
@@ -67,8 +70,14 @@ def evaluate(trained: Trained, summary: Mapping[str, Any], path: str = "") -> Sc
         loss=total["loss"] / samples,
         accuracy=total["top1"] / samples,
         top5=total["top5"] / samples,
-        expected={name: summary.get(f"test_{name}") for name in ("accuracy", "top5", "loss")},
+        expected={name: uncoded(summary, f"test_{name}") for name in ("accuracy", "top5", "loss")},
     )
+
+
+def uncoded(summary: Mapping[str, Any], figure: str) -> float | None:
+    """Return what the summary says of the model without its codec, which is the one at hand."""
+    value: float | None = summary.get(f"{figure}_raw", summary.get(figure))
+    return value
 
 
 def _batches(config: Config, data: Data) -> Iterator[tuple[Tensor, Tensor]]:
