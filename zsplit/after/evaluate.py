@@ -1,7 +1,7 @@
 """Testing a run's model: uncut, in one process, on the test data of the run's config."""
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from math import isclose
 from typing import Any
 
@@ -52,12 +52,13 @@ class Scores(msgspec.Struct, frozen=True, kw_only=True):
         return f"Equal to {found}." if self.same else f"Not equal to {found}."
 
 
-def evaluate(trained: Trained, summary: Mapping[str, Any], path: str = "") -> Scores:
+def evaluate(trained: Trained, summary: Mapping[str, Any], path: str = "", allowed: Collection[str] = ()) -> Scores:
     """Return what the model does on its run's test data; `path` takes the place of `data.path`.
 
+    The config may name a function of the `allowed` modules as its data (`zsplit.own`).
     Raises ConfigError for a `path` where the data have none, DataError where the data cannot be read.
     """
-    data = open_data(elsewhere(trained.config, path))
+    data = open_data(elsewhere(trained.config, path), allowed)
     total: Counter[str] = Counter()
     with torch.inference_mode():
         for x, labels in _batches(trained.config, data):
