@@ -124,6 +124,8 @@ def configs(draw: st.DrawFn, policies: tuple[str, ...] = ("round_robin", "parall
         case "parallel":
             keys["schedule__aggregate_every"] = draw(st.sampled_from([-1, 1, 2, 5]))
             keys |= draw(st.sampled_from(SERVER_MODELS))
+            if keys.get("schedule__server_model", "replica") != "replica":
+                keys["model__cut"] = ""  # one back has one cut
         case "round_robin":
             keys["run__commit_every"] = draw(st.integers(0, 3))
         case "async":

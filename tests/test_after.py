@@ -87,6 +87,14 @@ def test_eval_says_that_other_weights_are_not_what_the_summary_says(run: Path, h
     assert out.splitlines()[-1].startswith("Not equal to the run's summary: test accuracy ")
 
 
+def test_eval_compares_with_what_the_summary_says_of_the_model_without_its_codec(run: Path, here: Here) -> None:
+    summary = json.loads((run / "summary.json").read_text())
+    (run / "summary.json").write_text(json.dumps(summary | {"test_accuracy": 0.5, "test_accuracy_codec": 0.5}))
+    assert json.loads(here("eval", "run", "--json").out)["same"] is True
+    (run / "summary.json").write_text(json.dumps(summary | {"test_accuracy_raw": 0.5}))
+    assert json.loads(here("eval", "run", "--json").out)["same"] is False
+
+
 def test_a_run_that_was_stopped_is_tested_with_its_last_version(run: Path, here: Here) -> None:
     whole = json.loads(here("eval", "run", "--json").out)
     (run / "model.safetensors").unlink()
@@ -178,6 +186,16 @@ def test_images_of_any_kind_have_the_channels_of_the_model(tmp_path: Path, mode:
     assert torch.allclose(pixels, torch.tensor((1 - 0.1307) / 0.3081), atol=1e-4)
 
 
+@pytest.mark.parametrize("channels", [1, 3])
+def test_grey_images_of_16_bits_are_those_of_8_bits(tmp_path: Path, channels: int) -> None:
+    pixels = np.arange(0, 240, 12, dtype=np.uint8).reshape(4, 5)
+    Image.fromarray(pixels).save(tmp_path / "8.png")
+    Image.fromarray(pixels.astype(np.uint16) * 257).save(tmp_path / "16.png")
+    scale = scale_of(config_of(data__name="mnist"), channels)
+    eight, sixteen = read_images([tmp_path / "8.png", tmp_path / "16.png"], (channels, 4, 5), scale, False)
+    assert torch.equal(eight, sixteen)
+
+
 def test_an_image_file_is_scaled_as_the_training_data_were(tmp_path: Path) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (6, 5, 3), dtype=np.uint8)
     for part in ("train", "test"):
@@ -231,6 +249,14 @@ def test_an_exported_state_dict_is_the_uncut_model_s(
     model = build("digits/cnn", 10, 99, (1, 8, 8)).eval()
     model.load_state_dict(state)
     assert same(trained, model, 5)
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+def test_exported_files_can_be_read_by_whoever_reads_other_files(digits_run: Path, suffix: str, here: Here) -> None:
+    assert here("export", str(digits_run), "--to", f"it{suffix}").code == 0
+    other = Path("other")
+    other.touch()
+    assert Path(f"it{suffix}").stat().st_mode == other.stat().st_mode
 
 
 @pytest.mark.parametrize("size", [1, 3])

@@ -28,6 +28,10 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
         {"schedule.server_model": "fused", "model.client": ONE_TABLE},
         'schedule.server_model = "fused" has one back, which cannot begin at different cuts',
     ),
+    (
+        {"schedule.server_model": "fused", "model.cut": "auto"},
+        'schedule.server_model = "fused" has one back, and model.cut = "auto" may cut for each client elsewhere',
+    ),
     ({"schedule.server_model": "fused", "train.clip_norm": 1.0}, "train.clip_norm = 1.0 has no meaning for one back"),
     (
         {"schedule.server_model": "shared", "train.labels": "keep"},

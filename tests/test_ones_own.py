@@ -50,6 +50,18 @@ def test_a_run_begins_with_the_weights_of_a_file_and_cuts_a_model_of_one_s_own(
     assert all(torch.equal(tensor, weights[name]) for name, tensor in trained.items())
 
 
+@pytest.mark.usefixtures("weights")
+def test_a_model_of_one_s_own_is_swept_tested_and_exported_where_it_is_allowed(here: Callable[..., Ending]) -> None:
+    keys = settings("broker.port=0", *QUICK, *STILL, "run.name=own")
+    code, _, err = here("sweep", "--allow", "mynets", "--out", "swept", *keys)
+    assert code == 0, err
+    code, out, _ = here("eval", "swept/seed=0", "--allow", "mynets")
+    assert (code, out.splitlines()[-1].startswith("Equal to the run's summary: ")) == (0, True)
+    assert here("export", "swept/seed=0", "--to", "pt", "--allow", "mynets").out == "Written: own.pt\n"
+    code, _, err = here("export", "swept/seed=0", "--to", "safetensors")
+    assert (code, "start the peer with --allow mynets" in err) == (2, True)
+
+
 def test_weights_that_the_server_cannot_read_end_a_run_that_never_began(
     here: Callable[..., Ending], tmp_path: Path
 ) -> None:

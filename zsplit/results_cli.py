@@ -1,7 +1,8 @@
 """`zsplit compare` and `zsplit sweep`: runs side by side, and many runs of one config."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,6 +11,7 @@ import msgspec
 
 from zsplit.config import Config
 from zsplit.errors import RunFailedError, StorageError, ZsplitError
+from zsplit.options import allow_option
 from zsplit.results import RunFolder, open_run
 
 if TYPE_CHECKING:
@@ -70,6 +72,7 @@ def compare(runs: tuple[Path, ...], target: float | None, table: Path | None, sv
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Set a key for all runs; repeatable.")
 @click.option("--out", required=True, type=click.Path(path_type=Path), metavar="DIR", help="Folder of all the runs.")
 @click.option("--device", default="", metavar="DEVICE", help="auto, cpu, cuda:0 or mps; the config's otherwise.")
+@allow_option
 @json_option
 def sweep(
     config: Path | None,
@@ -78,6 +81,7 @@ def sweep(
     overrides: tuple[str, ...],
     out: Path,
     device: str,
+    allow: tuple[str, ...],
     as_json: bool,
 ) -> None:
     """Run CONFIG (none: the digits demo) with every combination of values, one run after the other, each in its folder.
@@ -89,9 +93,10 @@ def sweep(
 
     grid = points(config, overrides, [axis(text) for text in over], seeds)
     there = [done(point, out) for point in grid]  # before anything runs: one of another config ends the sweep
+    launch = partial(_run, device=device, allow=allow)
     results: list[tuple[Point, Figures | None]] = []
     for number, (point, run) in enumerate(zip(grid, there, strict=True), 1):
-        results.append((point, _run_point(point, run, out, device, f"[{number}/{len(grid)}] {point.title}")))
+        results.append((point, _run_point(point, run, out, launch, f"[{number}/{len(grid)}] {point.title}")))
     rows = list(rows_of(results))
     if as_json:
         click.echo(json.dumps(msgspec.to_builtins(rows), indent=2))
@@ -102,14 +107,16 @@ def sweep(
         raise RunFailedError(f"{len(failed)} of {len(grid)} runs failed, the first with {failed[0]}: start it again.")
 
 
-def _run_point(point: "Point", run: RunFolder | None, out: Path, device: str, title: str) -> "Figures | None":
+def _run_point(
+    point: "Point", run: RunFolder | None, out: Path, launch: Callable[[Config, Path], RunFolder], title: str
+) -> "Figures | None":
     """Run one point, unless it is there; write its line and say how it went. Return None where it failed."""
     from zsplit.results.figures import figures_of
     from zsplit.results.gather import RESULTS, gather, line_of
 
     kept = " (was there already)" if run else ""
     try:
-        run = run or _run(point.config, out / point.folder, device)
+        run = run or launch(point.config, out / point.folder)
     except ZsplitError as error:
         click.echo(f"{title}: {error}", err=True)
         return None
@@ -120,14 +127,14 @@ def _run_point(point: "Point", run: RunFolder | None, out: Path, device: str, ti
     return figures
 
 
-def _run(config: Config, folder: Path, device: str) -> RunFolder:
+def _run(config: Config, folder: Path, device: str, allow: tuple[str, ...]) -> RunFolder:
     """Run to the end in this folder. Raises ZsplitError where it fails."""
     from zsplit.launch import Interrupted, run_here
     from zsplit.results.sweep import clear
 
     clear(folder)
     try:
-        result = run_here(config, str(folder), device=device)
+        result = run_here(config, str(folder), device=device, allow=allow)
     except Interrupted as stopped:
         raise KeyboardInterrupt from stopped
     if not result.ok:

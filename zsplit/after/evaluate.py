@@ -1,7 +1,7 @@
 """Testing a run's model: uncut, in one process, on the test data of the run's config."""
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from math import isclose
 from typing import Any
 
@@ -24,7 +24,10 @@ NEAR = 1e-5
 
 
 class Scores(msgspec.Struct, frozen=True, kw_only=True):
-    """What a model does on the test data: means over its samples. `expected` is what the run's summary says."""
+    """What a model does on the test data: means over its samples. `expected` is what the summary says.
+
+    Where there was a codec, that is what it says of the model without.
+    """
 
     samples: int
     loss: float
@@ -49,12 +52,13 @@ class Scores(msgspec.Struct, frozen=True, kw_only=True):
         return f"Equal to {found}." if self.same else f"Not equal to {found}."
 
 
-def evaluate(trained: Trained, summary: Mapping[str, Any], path: str = "") -> Scores:
+def evaluate(trained: Trained, summary: Mapping[str, Any], path: str = "", allowed: Collection[str] = ()) -> Scores:
     """Return what the model does on its run's test data; `path` takes the place of `data.path`.
 
+    The config may name a function of the `allowed` modules as its data (`zsplit.own`).
     Raises ConfigError for a `path` where the data have none, DataError where the data cannot be read.
     """
-    data = open_data(elsewhere(trained.config, path))
+    data = open_data(elsewhere(trained.config, path), allowed)
     total: Counter[str] = Counter()
     with torch.inference_mode():
         for x, labels in _batches(trained.config, data):
@@ -67,8 +71,14 @@ def evaluate(trained: Trained, summary: Mapping[str, Any], path: str = "") -> Sc
         loss=total["loss"] / samples,
         accuracy=total["top1"] / samples,
         top5=total["top5"] / samples,
-        expected={name: summary.get(f"test_{name}") for name in ("accuracy", "top5", "loss")},
+        expected={name: uncoded(summary, f"test_{name}") for name in ("accuracy", "top5", "loss")},
     )
+
+
+def uncoded(summary: Mapping[str, Any], figure: str) -> float | None:
+    """Return what the summary says of the model without its codec, which is the one at hand."""
+    value: float | None = summary.get(f"{figure}_raw", summary.get(figure))
+    return value
 
 
 def _batches(config: Config, data: Data) -> Iterator[tuple[Tensor, Tensor]]:

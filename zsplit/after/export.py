@@ -6,7 +6,7 @@ from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from zsplit.after.graphs import write_onnx, write_program, write_torchscript
@@ -108,7 +108,10 @@ def _write_parts(request: Request, path: Path) -> list[Path]:
 
 
 def _save(state: Mapping[str, Tensor], path: Path, about: Mapping[str, str]) -> None:
-    save_file({name: tensor.contiguous() for name, tensor in state.items()}, path, {"format": "pt", **about})
+    tensors = {name: tensor.contiguous() for name, tensor in state.items()}
+    path.write_bytes(
+        save(tensors, {"format": "pt", **about})
+    )  # `save_file` would make a file that is its owner's alone
 
 
 def _write_graph(write: Callable[[Trained, Path], None]) -> Writer:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from zsplit.config import Config
 from zsplit.data.fake import DEVIATION, MEAN
-from zsplit.data.images import Scale
+from zsplit.data.images import Scale, eight_bits
 from zsplit.data.sources import SCALES, normalized
 from zsplit.errors import ConfigError, DataError
 
@@ -53,7 +53,7 @@ def _read(path: Path, shape: tuple[int, ...], resize: bool) -> Tensor:
     channels, height, width = shape
     try:
         with Image.open(path) as file:
-            image = file.convert(MODES[channels])
+            image = eight_bits(file, MODES[channels])
     except FileNotFoundError as error:
         raise DataError(f"There is no image {path}: check the path.") from error
     except UnidentifiedImageError as error:

@@ -23,7 +23,8 @@ WINDOW = 8
 class Asking(NamedTuple):
     """Who is asked, and what for: the broker's address, the shape of a sample and the version that is expected.
 
-    `seconds` is how long to wait for the broker, and then for a server.
+    `seconds` is how long to wait for the broker, and then for a server. `allowed` are the modules of which the config
+    may name functions.
     """
 
     address: str
@@ -32,6 +33,7 @@ class Asking(NamedTuple):
     device: torch.device
     seconds: float
     say: Callable[[str], None]
+    allowed: tuple[str, ...] = ()
 
 
 @torch.no_grad()
@@ -48,7 +50,7 @@ def ask_split(asking: Asking, inputs: Tensor) -> list[Tensor]:
             raise ConfigError(
                 f"The broker at {asking.address} trains: `zsplit broker --serve RUN` starts one that can be asked."
             )
-        workshop = Workshop(config, asking.shape, asking.device, None)
+        workshop = Workshop(config, asking.shape, asking.device, None, allowed=asking.allowed)
         link.prepared(describe(asking.device, workshop.cut))
         job = _job(link, asking)
         if job.base.digest != asking.version:

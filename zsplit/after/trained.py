@@ -1,5 +1,6 @@
 """The model that a run trained: the uncut model of its config with the newest weights."""
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,16 +26,17 @@ class Trained(NamedTuple):
     device: torch.device
 
 
-def load_trained(run: RunFolder, device: torch.device) -> Trained:
-    """Return the run's model. Raises ConfigError where it has no version, or its model cannot be built by name.
+def load_trained(run: RunFolder, device: torch.device, allowed: Collection[str] = ()) -> Trained:
+    """Return the run's model; its config may name a function of the `allowed` modules (`zsplit.own`).
 
+    Raises ConfigError where it has no version, or its model cannot be built by name.
     Raises StorageError where the weights cannot be read or are another model's.
     """
     config = run.config()
     file = run.weights()
     shape = sample_shape(config)
     try:
-        model = zoo.build(config.model.name, config.model.num_classes, config.run.seed, shape)
+        model = zoo.build(config.model.name, config.model.num_classes, config.run.seed, shape, allowed)
     except ConfigError as error:
         reason = str(error).removesuffix(".")
         raise ConfigError(

@@ -107,6 +107,11 @@ def in_server_model(schedule: ScheduleSection, train: TrainSection, model: Model
             f"schedule.server_model = {kind} has one back, which cannot begin at different cuts: "
             'leave the [[model.client]] tables out, or set schedule.server_model = "replica".'
         )
+    if model.cut == "auto":
+        yield (
+            f'schedule.server_model = {kind} has one back, and model.cut = "auto" may cut for each client elsewhere: '
+            'set model.cut to a place, or schedule.server_model = "replica".'
+        )
     if train.labels == "keep" or model.cut == "output":
         found = 'train.labels = "keep"' if train.labels == "keep" else 'model.cut = "output"'
         yield (

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from zsplit.data.augment import Draws
 from zsplit.data.files import Place, damaged
-from zsplit.data.images import Data, Images, Scale
+from zsplit.data.images import Data, Images, Scale, eight_bits
 from zsplit.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -149,7 +149,7 @@ def _pixels(path: str, change: "Callable[[Image], Image]") -> Tensor:
 
     try:
         with Image.open(path) as file:
-            pixels: Tensor = pil_to_tensor(change(file.convert("RGB")))
+            pixels: Tensor = pil_to_tensor(change(eight_bits(file, "RGB")))
     except DataError:
         raise
     # Pillow's plugins raise each of these for a damaged file.

@@ -7,7 +7,7 @@ for its batches and not for the whole set.
 from collections.abc import Sequence
 from copy import copy
 from dataclasses import dataclass
-from typing import Any, Protocol, Self
+from typing import TYPE_CHECKING, Any, Protocol, Self
 
 import torch
 from torch import Tensor
@@ -15,6 +15,16 @@ from torch.utils.data import Dataset, TensorDataset
 
 from zsplit.data.augment import Draws
 from zsplit.errors import DataError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+
+def eight_bits(image: "Image", mode: str) -> "Image":
+    """Return an image in one of Pillow's modes of 8 bits; of 16 bits the high ones, where Pillow clips at 255."""
+    if image.mode.startswith("I;16"):
+        image = image.point(lambda value: value * (1 / 256))
+    return image.convert(mode)
 
 
 class Samples(Protocol):
