@@ -1,5 +1,6 @@
 """The model that a run trained: the uncut model of its config with the newest weights."""
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -8,6 +9,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from zsplit.config import Config
+from zsplit.config.datasets import is_function
 from zsplit.data import sample_shape
 from zsplit.errors import ConfigError, StorageError
 from zsplit.model import zoo
@@ -25,17 +27,20 @@ class Trained(NamedTuple):
     device: torch.device
 
 
-def load_trained(run: RunFolder, device: torch.device) -> Trained:
-    """Return the run's model. Raises ConfigError where it has no version, or its model cannot be built by name.
+def load_trained(run: RunFolder, device: torch.device, allowed: Collection[str] = ()) -> Trained:
+    """Return the run's model; a function that makes it has to be in one of the `allowed` modules (`zsplit.own`).
 
-    Raises StorageError where the weights cannot be read or are another model's.
+    Raises ConfigError where it has no version, or its model cannot be built by name, StorageError where the weights
+    cannot be read or are another model's.
     """
     config = run.config()
     file = run.weights()
     shape = sample_shape(config)
     try:
-        model = zoo.build(config.model.name, config.model.num_classes, config.run.seed, shape)
+        model = zoo.build(config.model.name, config.model.num_classes, config.run.seed, shape, allowed)
     except ConfigError as error:
+        if is_function(config.model.name):
+            raise
         reason = str(error).removesuffix(".")
         raise ConfigError(
             f"The run's model cannot be built here ({reason}): where a Python script handed it over, let that script "
