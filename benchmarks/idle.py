@@ -28,11 +28,10 @@ import zmq
 from common import child, json_option, machine, show, write
 from rich.box import SIMPLE
 from rich.table import Table
+from runs import CLASSES, Pass, Speed, Task, run, say, shown, speed_of
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from trainers import Setting, build, optimizer_of
-
-from runs import CLASSES, Pass, Speed, Task, run, say, shown, speed_of
 
 SHAPES = {"pipelearn/vgg5": (3, 32, 32), "digits/cnn": (1, 8, 8), "resnet18": (3, 32, 32)}
 

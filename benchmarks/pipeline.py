@@ -25,10 +25,10 @@ import zmq
 from common import child, json_option, machine, show, with_goal, write
 from rich.box import SIMPLE
 from rich.table import Table
+from runs import CLASSES, UNLIMITED, Pass, Plans, Speed, Task, list_of, plan_of, say, shown, speed_of, step_seconds
 from trainers import Setting, build, example, optimizer_of, serve_pickle
 
 import zsplit
-from runs import CLASSES, UNLIMITED, Pass, Plans, Speed, Task, list_of, plan_of, say, shown, speed_of, step_seconds
 from zsplit.plan import Situation, evaluate
 
 LINKS = "10/25,50/50,200/200,unlimited"

@@ -18,8 +18,8 @@ import click
 from common import json_option, machine, show, with_goal, write
 from rich.box import SIMPLE
 from rich.table import Table
-
 from runs import Plans, Task, plan_of, say, speed_of, step_seconds
+
 from zsplit.plan import Situation, decide, evaluate
 
 MODELS = {"digits/cnn": ((1, 8, 8), 32), "splitnn/mlp": ((1, 28, 28), 64), "pipelearn/vgg5": ((3, 32, 32), 100)} | {

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 import msgspec
 
-from zsplit.options import allow_option
+from zsplit.options import allow_option, json_option
 from zsplit.results import RunFolder, open_run
 
 if TYPE_CHECKING:
@@ -23,22 +23,22 @@ device_option = click.option(
 data_option = click.option(
     "--data", default="", metavar="PATH", help="Folder with the data.  [default: the run's data.path]"
 )
-json_option = click.option("--json", "as_json", is_flag=True, help="Answer in JSON.")
 
 
 @click.command("eval")
 @run_argument
+@click.option("--with-codec", is_flag=True, help="Put what crosses the cut through the run's codec.")
 @data_option
 @device_option
 @allow_option
 @json_option
-def eval_command(run: Path, data: str, device: str, allow: tuple[str, ...], as_json: bool) -> None:
+def eval_command(run: Path, with_codec: bool, data: str, device: str, allow: tuple[str, ...], as_json: bool) -> None:
     """Test the merged model of RUN, uncut and in one process, on the test data of its config."""
     from zsplit.after.evaluate import evaluate
 
     folder = open_run(run)
     trained = _trained(folder, device, allow)
-    scores = evaluate(trained, folder.summary(), data, allow)
+    scores = evaluate(trained, folder.summary(), data, with_codec, allow)
     if as_json:
         _print_json({**_plain(scores), "same": scores.same, "weights": str(trained.file)})
         return
@@ -85,11 +85,11 @@ def predict(
     folder = open_run(run)
     config, shape = folder.config(), sample_shape(folder.config())
     if split:
-        version, chosen = version_of(folder.weights()), choose_device(device)
-        asking = Asking(address, shape, version, chosen, connect_seconds, _say, allow)
-        predictions = look(config, shape, partial(ask_split, asking), images, resize, data)
+        version, place = version_of(folder.weights()), choose_device(device)
+        ask = partial(ask_split, Asking(address, shape, version, place, connect_seconds, _say, allow))
     else:
-        predictions = look(config, shape, partial(ask_here, _trained(folder, device, allow)), images, resize, data)
+        ask = partial(ask_here, _trained(folder, device, allow))
+    predictions = look(config, shape, ask, images, resize, data)
     if as_json:
         _print_json([_plain(each) for each in predictions])
     else:
@@ -105,29 +105,38 @@ def predict(
     metavar="FILE",
     help="Its suffix says how: .pt, .safetensors, .onnx, .pt2, .ts, .front+back; a bare `onnx` is NAME.onnx here.",
 )
-@click.option("--cut", default="", metavar="CUT", help="Where front and back part.  [default: where the run was cut]")
+@click.option(
+    "--cut",
+    "cuts",
+    multiple=True,
+    metavar="CUT",
+    help="Where the parts part; twice for front, middle and tail.  [default: where the run was cut]",
+)
+@click.option("--with-codec", is_flag=True, help="Put the run's codec into the graph, a layer at each cut.")
 @click.option("--force", is_flag=True, help="Replace files that exist.")
 @allow_option
-def export(run: Path, text: str, cut: str, force: bool, allow: tuple[str, ...]) -> None:
+def export(run: Path, text: str, cuts: tuple[str, ...], with_codec: bool, force: bool, allow: tuple[str, ...]) -> None:
     """Write the merged model of RUN for other programs."""
-    from zsplit.after.export import codec_warning, cut_of, known_suffix, target_of
+    from zsplit.after.coded import cuts_of
+    from zsplit.after.export import codec_warning, known_suffix, target_of
     from zsplit.after.export import export as write
 
     folder = open_run(run)
-    target = target_of(text, folder.config().run.name)
-    known_suffix(target)  # before torch is at work for seconds
-    summary = folder.summary()
-    for file in write(_trained(folder, "cpu", allow), target, cut or cut_of(summary), force):
+    config, summary = folder.config(), folder.summary()
+    target = target_of(text, config.run.name)
+    known_suffix(target, with_codec)  # before torch is at work for seconds
+    codec = config.codec.up if with_codec else ""
+    for file in write(_trained(folder, "cpu", allow), target, cuts or cuts_of(summary), force, codec):
         click.echo(f"Written: {file}")
-    if warning := codec_warning(summary):
+    if not with_codec and (warning := codec_warning(summary)):
         click.echo(warning, err=True)
 
 
-def _trained(folder: RunFolder, device: str, allow: tuple[str, ...]) -> "Trained":
+def _trained(folder: RunFolder, device: str, allowed: tuple[str, ...]) -> "Trained":
     from zsplit.after.trained import load_trained
     from zsplit.train.machine import choose_device
 
-    return load_trained(folder, choose_device(device), allow)
+    return load_trained(folder, choose_device(device), allowed)
 
 
 def _say(sentence: str) -> None:

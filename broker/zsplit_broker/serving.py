@@ -45,7 +45,7 @@ class Serving(Scheduler):
         idle = sorted(index for role, index in self.peers if role == "client" and index not in busy)
         for client in idle if self.servers() else ():
             server, base = self.least_loaded(), self.base()
-            plan = self.plan_of(client)
+            plan = self.evaluation_plan(client, self.config.codec.eval)
             yield self._open(Predict(lease=self._lease(), client=client, server=server, base=base, plan=plan))
 
     def _close(self, role: str, index: int) -> Iterator[Instruction]:

@@ -1,6 +1,6 @@
 """Writing a run's model for others: the suffix of the file says how."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
@@ -9,35 +9,42 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
+from zsplit.after.coded import UNKNOWN_CUT, coded
 from zsplit.after.graphs import write_onnx, write_program, write_torchscript
 from zsplit.after.trained import Trained
 from zsplit.errors import ConfigError, StorageError
-from zsplit.model import trace
+from zsplit.model import Part, Traced, trace
 
 CODEC_COSTS = 0.01
 """Accuracies with and without the codec that differ by more than this are worth a warning."""
 
 
 class Request(NamedTuple):
-    """What is to be written: the model on the CPU, and where it is cut (empty: nowhere known)."""
+    """What is to be written: the model on the CPU, and where it is cut (nothing: nowhere known)."""
 
     trained: Trained
-    cut: str
+    cuts: tuple[str, ...]
 
 
 Writer = Callable[[Request, Path], list[Path]]
 """Writes a model at a path; returns the files that it made."""
 
 
-def export(trained: Trained, target: Path, cut: str = "", force: bool = False) -> list[Path]:
+def export(
+    trained: Trained, target: Path, cuts: Sequence[str] = (), force: bool = False, codec: str = ""
+) -> list[Path]:
     """Write the model, as the target's suffix says; return the files. They appear whole or not at all.
 
-    `cut` is needed for `.front+back` alone. Raises ConfigError for an unknown suffix, a file that exists already
-    (unless `force`), missing packages and a model that the format cannot hold, PlanError for a cut that does not
-    exist, StorageError where nothing can be written.
+    `cuts`, one or (U-shaped) two, are needed for `.front+back`, and where a `codec` becomes a layer at each of them.
+    Raises ConfigError for an unknown suffix, a format that holds no codec, a file that exists already (unless
+    `force`), missing packages and a model that the format cannot hold, PlanError for a cut that does not exist,
+    StorageError where nothing can be written.
     """
-    writer = FORMATS[known_suffix(target)]
-    request = Request(trained._replace(model=trained.model.cpu(), device=torch.device("cpu")), cut)
+    writer = FORMATS[known_suffix(target, bool(codec))]
+    trained = trained._replace(model=trained.model.cpu(), device=torch.device("cpu"))
+    if codec:
+        trained = trained._replace(model=coded(trained, cuts, codec))
+    request = Request(trained, tuple(cuts))
     try:
         with TemporaryDirectory(dir=target.parent, prefix=".zsplit-") as draft:
             written = writer(request, Path(draft) / target.name)
@@ -53,27 +60,26 @@ def target_of(text: str, name: str) -> Path:
     return Path(f"{name}.{text}" if f".{text}" in FORMATS else text).expanduser()
 
 
-def known_suffix(target: Path) -> str:
-    """Return the target's suffix. Raises ConfigError where no format has it."""
+def known_suffix(target: Path, with_codec: bool = False) -> str:
+    """Return the target's suffix. Raises ConfigError where no format has it, or its format has no place for a codec."""
     if target.suffix not in FORMATS:
         raise ConfigError(f"{target} does not say what to write: end it in {', '.join(FORMATS)}.")
+    if with_codec and target.suffix not in GRAPHS:
+        raise ConfigError(
+            f"{target} holds weights alone, and a codec has none: leave --with-codec out, "
+            f"or end it in {', '.join(GRAPHS)}."
+        )
     return target.suffix
-
-
-def cut_of(summary: Mapping[str, Any]) -> str:
-    """Return where a run was cut last, from its summary; empty where that is unknown or clients differed."""
-    cuts = {str(plan.get("cut", "")) for plan in summary.get("plan", {}).values()}
-    return cuts.pop() if len(cuts) == 1 else ""
 
 
 def codec_warning(summary: Mapping[str, Any]) -> str:
     """Return a sentence where the run's accuracy with its codec differs from that without; else nothing."""
-    coded, raw = summary.get("test_accuracy_codec"), summary.get("test_accuracy_raw")
-    if coded is None or raw is None or abs(coded - raw) <= CODEC_COSTS:
+    through, raw = summary.get("test_accuracy_codec"), summary.get("test_accuracy_raw")
+    if through is None or raw is None or abs(through - raw) <= CODEC_COSTS:
         return ""
     return (
         f"The exported model has no codec at the cut: its test accuracy is {100 * raw:.2f} %, with the run's codec it "
-        f"was {100 * coded:.2f} %."
+        f"was {100 * through:.2f} %; --with-codec puts it there."
     )
 
 
@@ -93,18 +99,31 @@ def _write_safetensors(request: Request, path: Path) -> list[Path]:
 
 
 def _write_parts(request: Request, path: Path) -> list[Path]:
-    """Write what lies in front of the cut and what lies behind it, each tensor under its own name."""
-    if not request.cut:
+    """Write what lies in front of the cut and what lies behind it, each tensor under its own name.
+
+    With two cuts there are three parts. What lies before the model's input or behind its output is none.
+    """
+    if not request.cuts:
+        raise ConfigError(UNKNOWN_CUT)
+    traced = trace(request.trained.model, torch.zeros(2, *request.trained.shape))
+    cuts = dict(zip(("cut", "tail"), (traced.cut(cut).name for cut in request.cuts), strict=False))
+    parts = _parts(traced, request.cuts)
+    if len(parts) == 1:
         raise ConfigError(
-            "The run does not say where its model is cut, or not once for all: name the place with --cut."
+            f"The model is cut at its {cuts['cut']}, so one part is all of it: write .safetensors, "
+            "or name a place inside it with --cut."
         )
-    trained = request.trained
-    traced = trace(trained.model, torch.zeros(2, *trained.shape))
-    parts = dict(zip(("front", "back"), traced.split(request.cut), strict=True))
     files = {name: path.with_name(f"{path.stem}-{name}.safetensors") for name in parts}
     for name, part in parts.items():
-        _save(part.state_dict(), files[name], {"part": name, "cut": traced.cut(request.cut).name})
+        _save(part.state_dict(), files[name], {"part": name, **cuts})
     return list(files.values())
+
+
+def _parts(traced: Traced, cuts: Sequence[str]) -> dict[str, Part]:
+    """Return the parts by name, those at the ends of the model only where there is something of it in them."""
+    names = ("front", "back") if len(cuts) == 1 else ("front", "middle", "tail")
+    empty = {names[0]: traced.is_input(cuts[0]), names[-1]: traced.is_output(cuts[-1])}
+    return {name: part for name, part in zip(names, traced.split(*cuts), strict=True) if not empty.get(name)}
 
 
 def _save(state: Mapping[str, Tensor], path: Path, about: Mapping[str, str]) -> None:
@@ -122,13 +141,18 @@ def _write_graph(write: Callable[[Trained, Path], None]) -> Writer:
     return writer
 
 
-FORMATS: dict[str, Writer] = {
-    ".pt": _write_state,
-    ".safetensors": _write_safetensors,
+GRAPHS: dict[str, Writer] = {
     ".onnx": _write_graph(write_onnx),
     ".pt2": _write_graph(write_program),
     ".ts": _write_graph(write_torchscript),
     ".torchscript": _write_graph(write_torchscript),
+}
+"""What writes each kind of file that holds the computation as well as the weights, by its suffix."""
+
+FORMATS: dict[str, Writer] = {
+    ".pt": _write_state,
+    ".safetensors": _write_safetensors,
+    **GRAPHS,
     ".front+back": _write_parts,
 }
 """What writes each kind of file, by its suffix."""

@@ -1,7 +1,7 @@
 """Asking a run's model with the front here and the back at a server: images stay, smashed data travel."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import closing
 from typing import NamedTuple
 
@@ -13,6 +13,7 @@ from zsplit.errors import ConfigError, LinkError, RunFailedError
 from zsplit.train.half import Half, Workshop
 from zsplit.train.link import Fetched, Incoming, Link
 from zsplit.train.machine import describe
+from zsplit.train.tail import TAIL
 from zsplit.wire.messages import Held, Orders, Predict, What
 from zsplit.wire.messages import Tensors as TensorsMessage
 
@@ -23,8 +24,8 @@ WINDOW = 8
 class Asking(NamedTuple):
     """Who is asked, and what for: the broker's address, the shape of a sample and the version that is expected.
 
-    `seconds` is how long to wait for the broker, and then for a server. `allowed` are the modules of which the config
-    may name functions.
+    `seconds` is how long to wait for the broker, and then for a server. `allowed` are the modules that a config, which
+    comes from the broker, may name a model of.
     """
 
     address: str
@@ -33,7 +34,7 @@ class Asking(NamedTuple):
     device: torch.device
     seconds: float
     say: Callable[[str], None]
-    allowed: tuple[str, ...] = ()
+    allowed: Collection[str] = ()
 
 
 @torch.no_grad()
@@ -41,7 +42,8 @@ def ask_split(asking: Asking, inputs: Tensor) -> list[Tensor]:
     """Return the outputs for each of the inputs, in order; each travels by itself.
 
     Raises LinkError where there is no broker or no server in time, ConfigError where the broker serves nothing or
-    another version, RunFailedError where it ends or the server leaves meanwhile.
+    another version and where the server would have no part of the model, RunFailedError where serving ends or the
+    server leaves meanwhile.
     """
     link = Link(asking.address, "client", say=asking.say)
     with closing(link):
@@ -51,14 +53,18 @@ def ask_split(asking: Asking, inputs: Tensor) -> list[Tensor]:
                 f"The broker at {asking.address} trains: `zsplit broker --serve RUN` starts one that can be asked."
             )
         workshop = Workshop(config, asking.shape, asking.device, None, allowed=asking.allowed)
-        link.prepared(describe(asking.device, workshop.cut))
+        if workshop.traced.is_output(workshop.cut):
+            raise ConfigError(
+                "The model is cut at its output, so that all of it is here and nothing at a server: leave --split out."
+            )
+        link.prepared(describe(asking.device, workshop.cut, tail=workshop.tail))
         job = _job(link, asking)
         if job.base.digest != asking.version:
             raise ConfigError(
                 f"The broker at {asking.address} serves version {job.base.digest[:12]}, the run's is "
                 f"{asking.version[:12]}: name the folder of the run that it serves."
             )
-        half = workshop.front(job.plan.cut)
+        half = workshop.front(job.plan.cut, job.plan.tail)
         _load(link, job, half)
         return _ask(link, job, half, inputs)
 
@@ -90,19 +96,20 @@ def _ask(link: Link, job: Predict, half: Half, inputs: Tensor) -> list[Tensor]:
     outputs: dict[int, Tensor] = {}
     for number, one in enumerate(inputs):
         while number - len(outputs) >= WINDOW:
-            _take(link, job, outputs)
+            _take(link, job, half, outputs)
         sent: list[tuple[What, Tensor, str]] = [("smashed", half.part(one[None].to(half.device)), job.plan.up)]
         link.send_tensors(job.lease, "predict", number, 0, 0, sent, {})
     while len(outputs) < len(inputs):
-        _take(link, job, outputs)
+        _take(link, job, half, outputs)
     return [outputs[number] for number in range(len(inputs))]
 
 
-def _take(link: Link, job: Predict, outputs: dict[int, Tensor]) -> None:
-    """Take the next event in; outputs are kept by the number of their input."""
+def _take(link: Link, job: Predict, half: Half, outputs: dict[int, Tensor]) -> None:
+    """Take the next event in; outputs are kept by the number of their input. A tail is run here."""
     event = link.next()
     if isinstance(event, Incoming) and isinstance(event.message, TensorsMessage):
-        outputs[event.message.step] = event.tensors["other"][0]
+        answer = event.tensors["other"]
+        outputs[event.message.step] = (half.part(answer.to(half.device), TAIL) if job.plan.tail else answer)[0]
     else:
         check_job(event, job)
 

@@ -9,6 +9,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from zsplit.config import Config
+from zsplit.config.datasets import is_function
 from zsplit.data import sample_shape
 from zsplit.errors import ConfigError, StorageError
 from zsplit.model import zoo
@@ -27,10 +28,10 @@ class Trained(NamedTuple):
 
 
 def load_trained(run: RunFolder, device: torch.device, allowed: Collection[str] = ()) -> Trained:
-    """Return the run's model; its config may name a function of the `allowed` modules (`zsplit.own`).
+    """Return the run's model; a function that makes it has to be in one of the `allowed` modules (`zsplit.own`).
 
-    Raises ConfigError where it has no version, or its model cannot be built by name.
-    Raises StorageError where the weights cannot be read or are another model's.
+    Raises ConfigError where it has no version, or its model cannot be built by name, StorageError where the weights
+    cannot be read or are another model's.
     """
     config = run.config()
     file = run.weights()
@@ -38,6 +39,8 @@ def load_trained(run: RunFolder, device: torch.device, allowed: Collection[str] 
     try:
         model = zoo.build(config.model.name, config.model.num_classes, config.run.seed, shape, allowed)
     except ConfigError as error:
+        if is_function(config.model.name):
+            raise
         reason = str(error).removesuffix(".")
         raise ConfigError(
             f"The run's model cannot be built here ({reason}): where a Python script handed it over, let that script "

@@ -9,14 +9,24 @@ from zsplit.spec import Half
 
 def write(stage: Half, x: Tensor) -> list[Tensor]:
     """Return the values, rounded to nearest, as the one piece of a frame."""
-    narrow = _type(stage)
-    most = min(torch.finfo(narrow).max, torch.finfo(x.dtype).max)
-    return [to_bytes(x.clamp(-most, most).to(narrow))]
+    return [to_bytes(narrow(stage, x))]
 
 
 def read(stage: Half, data: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """Return the tensor that a frame of the right length holds."""
-    x, most = from_bytes(data, _type(stage)).view(shape), torch.finfo(dtype).max
+    return widen(from_bytes(data, _type(stage)).view(shape), dtype)
+
+
+def narrow(stage: Half, x: Tensor) -> Tensor:
+    """Return the values in 16 bits."""
+    to = _type(stage)
+    most = min(torch.finfo(to).max, torch.finfo(x.dtype).max)
+    return x.clamp(-most, most).to(to)
+
+
+def widen(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return values of 16 bits in the tensor's own type."""
+    most = torch.finfo(dtype).max
     if torch.finfo(x.dtype).max > most:  # what was rounded up to beyond the tensor's own type
         x = x.float().clamp(-most, most)
     return x.to(dtype)

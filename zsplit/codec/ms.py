@@ -58,6 +58,11 @@ def _grid(rows: Tensor, best: Largest, last: int) -> Grid:
     low = best.lowest_other()
     exact = rows.take(best.kept).view(len(rows), -1).abs()
     threshold = exact.amin(1) if exact.shape[1] else rows.abs().amax(1)
+    return grid_of(low, threshold, last)
+
+
+def grid_of(low: Tensor, threshold: Tensor, last: int) -> Grid:
+    """Return the grid of groups with these lo and τ; `last` is L."""
     scale = scale_of(low, threshold, last)
     zero = ratio(-low, scale).round().clamp(max=(last - 1) // 2)
     return Grid(scale, zero.to(torch.uint8))

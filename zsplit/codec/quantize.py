@@ -21,7 +21,9 @@ def write(stage: Quantize, x: Tensor, seed: int | None) -> list[Tensor]:
     """Return the pieces of a frame: parameters, codes. `seed` is for stochastic rounding; without one it is nearest."""
     x3 = x.to(working(x.dtype)).view(_grouped(stage, x.shape))
     last = 2**stage.bits - 1
-    grid = _grid(x3, last, torch.finfo(x.dtype).max)
+    low, high = _extremes(x3)
+    refuse_infinite(low, high)
+    grid = grid_of(low, high, last, torch.finfo(x.dtype).max)
     codes = empty_codes(x.numel(), x.device)
     place(x3, grid, last, stage.round, codes, seed)
     return [*grid.to_bytes(), *pack(codes, stage.bits)]
@@ -42,13 +44,12 @@ def _grouped(stage: Quantize, shape: tuple[int, ...]) -> tuple[int, int, int]:
     return outer, count, prod(shape) // (outer * count)
 
 
-def _grid(x: Tensor, last: int, most: float) -> Grid:
-    low, high = _extremes(x)
-    refuse_infinite(low, high)
+def grid_of(low: Tensor, high: Tensor, last: int, most: float) -> Grid:
+    """Return the grid of groups with these least and largest values. No code may stand for more than `most`."""
     low, high = low.clamp(max=0), high.clamp(min=0)
     scale = scale_of(low, high, last)
     zero = ratio(-low, scale).round().clamp(0, last)
-    farthest = torch.maximum(zero, last - zero)  # no code may stand for more than the tensor's type holds
+    farthest = torch.maximum(zero, last - zero)
     return Grid(torch.minimum(scale, most / farthest), zero.to(torch.uint8))
 
 

@@ -5,7 +5,7 @@ elements, k of those that are kept, b the bits of a code.
 """
 
 from collections.abc import Sequence
-from math import floor, prod
+from math import prod
 
 from zsplit.spec.stages import Half, Mask, Ms, Quantize, RandTopK, Raw, Scope, Spec, TopK, Values
 
@@ -45,8 +45,9 @@ def kept(spec: Spec, shape: Sequence[int]) -> int:
 
 
 def share(stage: TopK | RandTopK | Ms, elements: int) -> int:
-    """Return k, ⌊(1 − ratio) · elements⌋."""
-    return floor((1 - stage.ratio) * elements)
+    """Return k, ⌊(1 − ratio) · elements⌋, in whole numbers alone: `elements` may be one that torch has yet to know."""
+    kept = 1 - stage.ratio
+    return elements * kept.numerator // kept.denominator
 
 
 def groups(scope: Scope, shape: Sequence[int]) -> int:

@@ -42,7 +42,8 @@ def run_server(
         place = choose_device(device or config.server.device)
         link.unpack_on(place)
         known = data.shape if data else shape
-        labels = LabelBook(_labels_of(config, data, allow)) if config.train.labels == "server" else None
+        scores = config.train.labels == "server" and not link.welcome.serving
+        labels = LabelBook(_labels_of(config, data, allow)) if scores else None
         workshop = Workshop(config, known or sample_shape(config), place, model, allowed=allow)
         server = Server(link, config, workshop, labels)
         say(f"server {link.welcome.index} joined the run at {broker}")

@@ -1,4 +1,7 @@
-"""The server's side of a prediction: smashed data come in, outputs go back, nothing is learned."""
+"""The server's side of a prediction: smashed data come in, outputs go back, nothing is learned.
+
+Under a plan with a tail the server has the middle, and what goes back is activations: they take the plan's codec.
+"""
 
 import torch
 from torch import Tensor
@@ -33,5 +36,6 @@ class Predicting:
             raise RemoteProtocolError(f"Client {self.job.client} asked for outputs without smashed data")
         with self.account.computing("predict", message.step):
             outputs = self.half.part(event.tensors["smashed"].to(self.half.device))
-        sent: list[tuple[What, Tensor, str]] = [("other", outputs, "raw")]
+        codec = self.job.plan.up if self.job.plan.tail else "raw"
+        sent: list[tuple[What, Tensor, str]] = [("other", outputs, codec)]
         self.link.send_tensors(self.job.lease, "predict", message.step, message.micro, 1, sent, {})

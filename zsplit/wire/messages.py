@@ -437,7 +437,7 @@ class Tensors(Data, frozen=True, tag="t"):
     the middle's output down, 2 its gradients up, 3 the gradients of the smashed data down. `scalars` carries, up, the
     samples of the mini-batch (`batch`) and its number of micro-batches (`micros`); down, where the server has the
     labels, the mean loss of the slice (`loss`), or in an evaluation `loss`, `top1`, `top5` and `samples`, summed. A
-    prediction has smashed data alone up, and down the outputs as `other`.
+    prediction has smashed data alone up, and down as `other` the outputs, or what a tail at the client makes them of.
     """
 
     lease: Lease
