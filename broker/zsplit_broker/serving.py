@@ -44,8 +44,8 @@ class Serving(Scheduler):
         busy = {client_of(work.job) for work in self.work.values()}
         idle = sorted(index for role, index in self.peers if role == "client" and index not in busy)
         for client in idle if self.servers() else ():
-            server, base = self._least_loaded(), self._base()
-            plan = self._evaluation_plan(client, self.config.codec.eval)
+            server, base = self.least_loaded(), self.base()
+            plan = self.evaluation_plan(client, self.config.codec.eval)
             yield self._open(Predict(lease=self._lease(), client=client, server=server, base=base, plan=plan))
 
     def _close(self, role: str, index: int) -> Iterator[Instruction]:

@@ -37,6 +37,11 @@ Device = Annotated[
 ]
 
 
+WeightsCodec = Annotated[
+    str, Meta(pattern=r"^(raw|half|delta:bits=[1-8])$", title='"raw" or "half" or "delta:bits=N" with N from 1 to 8')
+]
+
+
 def _is(description: str) -> Meta:
     return Meta(description=description)
 
@@ -214,6 +219,9 @@ class CodecSection(Section, frozen=True):
     up: Annotated[str, _is("codec of the smashed data, such as `half` or `ms:ratio=0.99,bits=2+lz4`")] = "raw"
     down: Annotated[str, _is("codec of their gradients; `mask`: at the places that `codec.up` has kept")] = "raw"
     eval: Annotated[bool, _is("evaluations go through `codec.up`; false: their smashed data travel raw")] = True
+    weights: Annotated[
+        WeightsCodec, _is("parameters between turns: `raw`, `half`, or a client's as differences, `delta:bits=8`")
+    ] = "raw"
 
 
 class ClientLink(Section, frozen=True):

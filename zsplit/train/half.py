@@ -12,6 +12,7 @@ from zsplit.config import Config
 from zsplit.errors import PlanError, RemoteProtocolError
 from zsplit.model import CutPoint, DeferredBatchNorm, Part, Traced, trace, zoo
 from zsplit.model.weights import read_weights
+from zsplit.train.packing import Packing
 from zsplit.train.rates import factor
 from zsplit.train.state import State, Tensors, load_optimizer, local_prefix, optimizer_buffers, weights_of
 from zsplit.wire.manifest import LOCAL, OPTIMIZER, WEIGHTS
@@ -129,16 +130,17 @@ class Workshop:
 
     def front(self, cut: str, tail: str = "") -> "Half":
         """Return a new front, with the tail where there is one, on the device."""
-        return self._half(self.parts(cut, tail)[0], self.config.train.client_rate)
+        return self._half(self.parts(cut, tail)[0], self.config.train.client_rate, self.config.codec.weights)
 
     def back(self, cut: str, tail: str = "") -> "Half":
         """Return a new back, or a middle where there is a tail, on the device."""
-        half = self._half(self.parts(cut, tail)[1], self.config.train.server_rate)
+        weights = "half" if self.config.codec.weights == "half" else "raw"  # differences are for a client's way
+        half = self._half(self.parts(cut, tail)[1], self.config.train.server_rate, weights)
         half.is_first = self.traced.is_input(cut)
         return half
 
-    def _half(self, part: Part, rate: float) -> "Half":
-        return Half(deepcopy(part).to(self.device), self.config, rate, self.device)
+    def _half(self, part: Part, rate: float, weights: str) -> "Half":
+        return Half(deepcopy(part).to(self.device), self.config, rate, self.device, weights)
 
     def clip_scale(self, norms: Mapping[str, Tensor]) -> float:
         """Return what all gradients are multiplied by so that their global norm is at most `train.clip_norm`.
@@ -156,18 +158,23 @@ class Workshop:
         Raises ConfigError where that file cannot be read or is another model's.
         """
         own, path = weights_of(self.model), self.config.model.weights
-        return State.of(read_weights(Path(path).expanduser(), own) if path else own)
+        tensors = read_weights(Path(path).expanduser(), own) if path else own
+        if self.config.codec.weights == "half":
+            tensors |= {name: tensors[name].half() for name, _ in self.model.named_parameters()}
+        return State.of(tensors)
 
 
 class Half:
     """A front or a back. `load` before each turn, train it, then take its `state`.
 
-    `version` is the digest of the version whose weights it has; empty once a step has begun to move them. A half at the
-    server that `is_first` takes the model's own input, whose gradients nobody wants.
+    `version` is the digest of the version whose weights it has; empty once a step has begun to move them. `weights`
+    says how parameters leave it (see `packing`). A half at the server that `is_first` takes the model's own input,
+    whose gradients nobody wants.
     """
 
-    def __init__(self, part: Part, config: Config, rate: float, device: torch.device) -> None:
+    def __init__(self, part: Part, config: Config, rate: float, device: torch.device, weights: str = "raw") -> None:
         self.part = part
+        self._packing = Packing(weights)
         self.device = device
         self.parameters: list[nn.Parameter] = [p for p in part.parameters() if p.requires_grad]
         self.optimizer = make_optimizer(self.parameters, config, rate) if self.parameters else None
@@ -226,6 +233,7 @@ class Half:
             weights = {name: tensors[name] for name in self._names}
             own = {name: tensors[self._kept(name)] for name in self._excluded if self._kept(name) in tensors}
             self.part.load_state_dict(weights | own)
+            self._packing.begin(self.part)
             self.version = version
         if self.optimizer is not None:
             load_optimizer(self.part, self.optimizer, tensors, self._prefix)
@@ -235,6 +243,7 @@ class Half:
         """Return a snapshot of weights and of those optimizer buffers that outlive the turn."""
         tensors: Tensors = weights_of(self.part)
         tensors |= {self._kept(name): tensors[name] for name in sorted(self._excluded)}
+        tensors |= self._packing.pack(self.part)
         if self.optimizer is not None and self._carries != "reset":
             tensors |= optimizer_buffers(self.part, self.optimizer, self._prefix)
         return State.of(tensors)

@@ -19,6 +19,7 @@ from zsplit.train.half import Half, Workshop
 from zsplit.train.link import Fetched, Incoming, Link
 from zsplit.train.loss import check_labels, score
 from zsplit.train.machine import use_threads
+from zsplit.train.packing import difference_codec, unpack
 from zsplit.train.profile import measure
 from zsplit.train.rates import epoch_of
 from zsplit.train.state import State, Tensors
@@ -94,17 +95,18 @@ class Measuring:
 class Merging:
     """Contributions to a version. The base is asked for as well: it has what peers keep for themselves.
 
-    Where its weights have a share in the version, all of it.
+    Where its weights have a share in the version, or contributions are differences from it, all of it.
     """
 
-    def __init__(self, link: Link, job: Merge, device: torch.device) -> None:
+    def __init__(self, link: Link, job: Merge, config: Config, device: torch.device) -> None:
         self.link, self.job, self.account = link, job, Account(link.spans, device, job.lease)
+        self._spec = config.codec.weights
         fronts_and_backs = (ref for c in job.inputs for ref in (c.front, c.back))
         self.refs = [job.base, *(ref for ref in fronts_and_backs if ref is not None)]
         self.states: dict[str, Tensors] = {}
 
     def begin(self) -> None:
-        of_base = keeps if self.job.share == 1.0 else everything
+        of_base = keeps if self.job.share == 1.0 and not difference_codec(self._spec) else everything
         for ref in {ref.digest: ref for ref in self.refs}.values():
             self.link.fetch(self.job.lease, ref, of_base if ref is self.job.base else everything)
 
@@ -117,7 +119,8 @@ class Merging:
 
     def _parts(self) -> list[Part]:
         backs = [self.states[c.back.digest] if c.back is not None else {} for c in self.job.inputs]
-        fronts = [self.states[c.front.digest] for c in self.job.inputs]
+        base = self.states[self.job.base.digest]
+        fronts = [unpack(self._spec, self.states[c.front.digest], base) for c in self.job.inputs]
         return [Part(c.weight, f | b) for c, f, b in zip(self.job.inputs, fronts, backs, strict=True)]
 
     def incoming(self, event: Incoming) -> None:

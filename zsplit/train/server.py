@@ -81,7 +81,7 @@ class Server:
             case Init():
                 return Initialising(self.link, job, self.workshop)
             case Merge():
-                return Merging(self.link, job, self.workshop.device)
+                return Merging(self.link, job, self.config, self.workshop.device)
             case Measure():
                 return Measuring(self.link, job, self.config, self.workshop)
             case Turn() | Evaluate() if self.workshop.traced.is_output(job.plan.cut):
