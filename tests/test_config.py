@@ -130,7 +130,10 @@ class TestRefusedKeys:
         assert refusal("client.lr=3") == "client.lr is not a key of the config: the nearest is train.lr."
 
     def test_a_key_like_no_other_lists_its_section(self) -> None:
-        assert refusal("codec.zzzzzzzz=3") == "codec.zzzzzzzz is not a key of the config: [codec] has up, down, eval, weights."
+        assert (
+            refusal("codec.zzzzzzzz=3")
+            == "codec.zzzzzzzz is not a key of the config: [codec] has up, down, eval, weights."
+        )
 
     def test_a_key_outside_of_all_sections_names_where_it_stands(self, tmp_path: Path) -> None:
         sentence = refusal_of_file(tmp_path, "rounds = 3\n")

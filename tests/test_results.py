@@ -181,9 +181,9 @@ def test_bytes_that_codecs_spared_are_shown() -> None:
 def test_compare_shows_how_each_run_trained(two: Path, here: Here) -> None:
     kept(two / "c", codec__up="ms:ratio=0.99,bits=2", codec__down="mask", train__labels="server")
     rows = rows_of(here("compare", "a", "c").out)
-    titles = rows.index(words("trained policy server model labels codec up codec down"))
-    assert rows[titles + 2] == words("1 a parallel replica share raw raw")
-    assert rows[titles + 3] == words("2 c parallel replica server ms:ratio=0.99,bits=2 mask")
+    titles = rows.index(words("trained policy server model labels codec up codec down codec weights"))
+    assert rows[titles + 2] == words("1 a parallel replica share raw raw raw")
+    assert rows[titles + 3] == words("2 c parallel replica server ms:ratio=0.99,bits=2 mask raw")
     answer = json.loads(here("compare", "c", "--json").out)["runs"][0]
     assert (answer["how"]["labels"], answer["how"]["codec_up"]) == ("server", "ms:ratio=0.99,bits=2")
 

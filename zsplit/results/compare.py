@@ -20,6 +20,7 @@ HOW = {
     "labels": "train.labels",
     "codec_up": "codec.up",
     "codec_down": "codec.down",
+    "codec_weights": "codec.weights",
 }
 """What says how a run trained, whether runs differ in it or not, and the keys of it."""
 
