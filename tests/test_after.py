@@ -12,10 +12,13 @@ import torch
 from conftest import Ending
 from helpers import config_of
 from PIL import Image
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from zsplit.after.export import FORMATS, codec_warning, cut_of
+from zsplit.after.coded import cuts_of
+from zsplit.after.export import FORMATS, codec_warning
+from zsplit.after.export import export as write
 from zsplit.after.images import read_images, scale_of
 from zsplit.after.names import CIFAR100, class_names
 from zsplit.after.trained import Trained, load_trained
@@ -324,6 +327,44 @@ def test_front_and_back_may_part_elsewhere(digits_run: Path, here: Here, tmp_pat
     assert not list(tmp_path.glob("other*"))
 
 
+def test_a_model_that_is_cut_twice_is_three_files(
+    digits_run: Path, trained: Trained, here: Here, tmp_path: Path
+) -> None:
+    code, out, err = here("export", str(digits_run), "--to", "it.front+back", "--cut", "relu1", "--cut", "flatten")
+    names = ("front", "middle", "tail")
+    assert (code, err, out.splitlines()) == (0, "", [f"Written: it-{name}.safetensors" for name in names])
+    parts = split(build("digits/cnn", 10, 99, (1, 8, 8)), torch.zeros(2, 1, 8, 8), "relu1", "flatten")
+    for part, name in zip(parts, names, strict=True):
+        part.load_state_dict(load_file(tmp_path / f"it-{name}.safetensors"))
+        part.eval()
+        with safe_open(tmp_path / f"it-{name}.safetensors", framework="pt") as file:
+            assert file.metadata() == {"format": "pt", "part": name, "cut": "relu1", "tail": "flatten"}
+    assert same(trained, lambda x: parts[2](parts[1](parts[0](x))), 3)
+
+
+def test_what_lies_at_an_end_of_the_model_is_no_part(trained: Trained, tmp_path: Path) -> None:
+    files = write(trained, tmp_path / "it.front+back", ("input", "flatten"))
+    assert [file.name for file in files] == ["it-middle.safetensors", "it-tail.safetensors"]
+    files = write(trained, tmp_path / "other.front+back", ("relu1", "output"))
+    assert [file.name for file in files] == ["other-front.safetensors", "other-middle.safetensors"]
+    for cut in ("input", "output"):
+        with pytest.raises(ConfigError) as error:
+            write(trained, tmp_path / "none.front+back", (cut,))
+        assert str(error.value) == (
+            f"The model is cut at its {cut}, so one part is all of it: write .safetensors, "
+            "or name a place inside it with --cut."
+        )
+
+
+def test_more_than_two_cuts_are_refused(digits_run: Path, here: Here) -> None:
+    cuts = [option for cut in ("relu1", "pool", "flatten") for option in ("--cut", cut)]
+    assert here("export", str(digits_run), "--to", "front+back", *cuts) == (
+        2,
+        "",
+        "zsplit: --cut names 3 places: name one for front and back, two for front, middle and tail.\n",
+    )
+
+
 def test_a_file_is_replaced_only_when_that_is_asked_for(digits_run: Path, here: Here, tmp_path: Path) -> None:
     (tmp_path / "demo.pt").write_text("dear")
     assert here("export", str(digits_run), "--to", "pt") == (
@@ -341,11 +382,9 @@ def test_a_file_is_replaced_only_when_that_is_asked_for(digits_run: Path, here: 
 
 
 def test_a_model_that_no_graph_can_hold_is_said_in_a_sentence(trained: Trained, tmp_path: Path) -> None:
-    from zsplit.after.export import export
-
     odd = trained._replace(model=Undecided())
     with pytest.raises(ConfigError, match=r"^The model cannot be written as an exported program \(.*\): write"):
-        export(odd, tmp_path / "it.pt2")
+        write(odd, tmp_path / "it.pt2")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -357,13 +396,15 @@ class Undecided(torch.nn.Module):
 
 
 def test_the_cut_is_known_where_all_clients_had_the_same() -> None:
-    assert cut_of({"plan": {"0": {"cut": "relu"}, "1": {"cut": "relu"}}}) == "relu"
-    assert cut_of({"plan": {"0": {"cut": "relu"}, "1": {"cut": "pool"}}}) == cut_of({}) == ""
+    assert cuts_of({"plan": {"0": {"cut": "relu"}, "1": {"cut": "relu"}}}) == ("relu",)
+    assert cuts_of({"plan": {"0": {"cut": "relu", "tail": "pool"}}}) == ("relu", "pool")
+    assert cuts_of({"plan": {"0": {"cut": "relu"}, "1": {"cut": "pool"}}}) == cuts_of({}) == ()
 
 
 def test_a_codec_that_changed_the_accuracy_by_more_than_a_point_is_warned_of() -> None:
     assert codec_warning({"test_accuracy_codec": 0.93, "test_accuracy_raw": 0.85}) == (
-        "The exported model has no codec at the cut: its test accuracy is 85.00 %, with the run's codec it was 93.00 %."
+        "The exported model has no codec at the cut: its test accuracy is 85.00 %, with the run's codec it was "
+        "93.00 %; --with-codec puts it there."
     )
     assert codec_warning({"test_accuracy_codec": 0.93, "test_accuracy_raw": 0.925}) == codec_warning({}) == ""
 

@@ -22,6 +22,7 @@ from zsplit.results.compare import Comparison, compare, value_of, varying
 from zsplit.results.figures import Course, Figures, course_of, figures_of, reached
 from zsplit.results.gather import ALWAYS, gather
 from zsplit.results.picture import COLOURS, PANELS, WIDTH, picture
+from zsplit.results.tables import volume
 from zsplit.wire.events import RoundEvent, encode_event
 from zsplit_broker.bulletin import Bulletin
 from zsplit_broker.router import Router
@@ -152,6 +153,7 @@ def two(tmp_path: Path) -> Path:
     """A folder with two runs that differ in one key, one of them stopped before its end."""
     summary = {
         "ok": True, "test_accuracy": 0.9, "test_loss": 0.5, "seconds": 5.0, "step_seconds": {"median": 0.01},
+        "bytes_raw": {"up": 20_000_000, "down": 2_000_000},
         "bytes": {"up": 1_000_000, "down": 2_000_000}, "idle": {"client": 0.25, "server": 0.5},
     }  # fmt: skip
     kept(tmp_path / "a", summary, run__name="a", broker__port=0)
@@ -163,11 +165,27 @@ def test_compare_shows_figures_and_differences(two: Path, here: Here) -> None:
     code, out, err = here("compare", "a", "b")
     assert (code, err) == (0, "")
     rows = rows_of(out)
-    assert rows[0][:6] == ["run", "test", "loss", "val", "rounds", "time"]
-    assert rows[2] == words("1 a 90.00 % 0.5000 80.00 % 3 5.0 s 10 ms 1.0 MB 2.0 MB 25 % 50 %")
-    assert rows[3] == words("2 b (failed) – – 80.00 % 3 4.0 s – 209 B 50 B – –")
+    assert rows[1][:6] == ["run", "test", "loss", "val", "rounds", "time"]
+    assert rows[3] == words("1 a 90.00 % 0.5000 80.00 % 3 5.0 s 10 ms 1.0 of 20.0 MB 2.0 MB 25 % 50 %")
+    assert rows[4] == words("2 b (failed) – – 80.00 % 3 4.0 s – 209 B 50 B – –")
     assert rows[-3] == ["differs", "1", "2"]
     assert rows[-1] == ["train.lr", "0.05", "0.1"]
+
+
+def test_bytes_that_codecs_spared_are_shown() -> None:
+    assert volume(1_500_000, 20_000_000) == "1.5 of 20.0 MB"
+    assert volume(999, 20_000_000) == "999 B of 20.0 MB"
+    assert volume(999, 999) == volume(999, None) == "999 B"
+
+
+def test_compare_shows_how_each_run_trained(two: Path, here: Here) -> None:
+    kept(two / "c", codec__up="ms:ratio=0.99,bits=2", codec__down="mask", train__labels="server")
+    rows = rows_of(here("compare", "a", "c").out)
+    titles = rows.index(words("trained policy server model labels codec up codec down codec weights"))
+    assert rows[titles + 2] == words("1 a parallel replica share raw raw raw")
+    assert rows[titles + 3] == words("2 c parallel replica server ms:ratio=0.99,bits=2 mask raw")
+    answer = json.loads(here("compare", "c", "--json").out)["runs"][0]
+    assert (answer["how"]["labels"], answer["how"]["codec_up"]) == ("server", "ms:ratio=0.99,bits=2")
 
 
 def test_compare_shows_what_the_target_took(two: Path, here: Here) -> None:
@@ -225,6 +243,7 @@ def test_compare_gathers_a_line_for_each_run(two: Path, here: Here) -> None:
     first, second = lines(two / "all/results.csv")
     assert (first["run"], first["model"], first["seed"], first["train.lr"]) == ("a", "digits/cnn", "0", "0.05")
     assert (first["test_accuracy"], first["idle_client"], first["bytes_up"]) == ("0.9", "0.25", "1000000")
+    assert (first["bytes_raw_up"], first["codec_up"], first["server_model"]) == ("20000000", "raw", "replica")
     assert (second["state"], second["test_accuracy"]) == ("failed", "")
 
 

@@ -2,8 +2,10 @@
 
 import csv
 import json
+import shlex
 import shutil
 from collections.abc import Callable
+from math import prod
 from pathlib import Path
 from statistics import mean, stdev
 
@@ -23,7 +25,8 @@ Here = Callable[..., Ending]
 
 FIGURES = Figures(
     run="x", name="x", state="finished", rounds=1, steps=1, test_accuracy=0.5, test_top5=1.0, test_loss=1.0,
-    val_accuracy=None, val_loss=None, seconds=2.0, step_seconds=None, bytes_up=10, bytes_down=20, idle_client=0.5,
+    val_accuracy=None, val_loss=None, seconds=2.0, step_seconds=None, bytes_up=10, bytes_down=20,
+    bytes_raw_up=None, bytes_raw_down=None, idle_client=0.5,
     idle_server=None,
 )  # fmt: skip
 
@@ -35,6 +38,13 @@ DEMO = Config()
 
 
 def test_values_are_parted_by_commas_or_where_they_have_some_by_semicolons() -> None:
+    assert axis("codec.up=raw,ms:ratio=0.99,bits=2,half") == Axis("codec.up", ("raw", "ms:ratio=0.99,bits=2", "half"))
+    assert axis("codec.up=topk:ratio=0.9, scope=sample") == Axis("codec.up", ("topk:ratio=0.9, scope=sample",))
+    assert axis("data.partition=iid,dirichlet:alpha=0.5,shards:k=2").values == (
+        "iid",
+        "dirichlet:alpha=0.5",
+        "shards:k=2",
+    )
     assert axis("train.lr=0.1, 0.2") == Axis("train.lr", ("0.1", "0.2"))
     assert axis("codec.up=raw;ms:ratio=0.99,bits=2+lz4") == Axis("codec.up", ("raw", "ms:ratio=0.99,bits=2+lz4"))
     assert axis("model.input=[3,32,32];") == Axis("model.input", ("[3,32,32]",))
@@ -95,6 +105,31 @@ def test_folders_have_names_that_any_disk_takes_and_no_two_the_same(pair: list[d
         assert "/" not in name
         assert name.isprintable()
         assert 0 < len(name.encode()) < 500
+
+
+ROOT = Path(__file__).parents[1]
+
+PAGES = {path.name: path for path in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]}
+
+
+def sweeps_on(page: Path) -> list[list[str]]:
+    """Return the arguments of each `zsplit sweep` command on a page."""
+    text = page.read_text(encoding="utf-8").replace("\\\n", " ")
+    lines = (line.strip() for line in text.splitlines())
+    return [shlex.split(line)[2:] for line in lines if line.startswith("zsplit sweep ")]
+
+
+def test_the_sweeps_on_the_pages_are_sweeps(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    commands = [command for page in PAGES.values() for command in sweeps_on(page)]
+    assert len(commands) >= 3
+    for command in commands:
+        config = Path(command[0]) if not command[0].startswith("--") else None
+        given = {
+            name: [command[i + 1] for i, word in enumerate(command) if word == name] for name in ("--set", "--over")
+        }
+        axes = [axis(text) for text in given["--over"]]
+        assert len(points(config, given["--set"], axes, 1)) == prod(len(one.values) for one in axes)
 
 
 # What they come to

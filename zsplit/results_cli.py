@@ -11,7 +11,7 @@ import msgspec
 
 from zsplit.config import Config
 from zsplit.errors import RunFailedError, StorageError, ZsplitError
-from zsplit.options import allow_option
+from zsplit.options import allow_option, json_option
 from zsplit.results import RunFolder, open_run
 
 if TYPE_CHECKING:
@@ -22,8 +22,6 @@ if TYPE_CHECKING:
 
 PLAIN = 120
 """Cells of a line where the output is no terminal."""
-
-json_option = click.option("--json", "as_json", is_flag=True, help="Answer in JSON.")
 
 
 @click.command()
@@ -66,7 +64,10 @@ def compare(runs: tuple[Path, ...], target: float | None, table: Path | None, sv
 @click.command()
 @click.argument("config", required=False, type=click.Path(path_type=Path))
 @click.option(
-    "--over", multiple=True, metavar="KEY=A,B,C", help="A key and its values; repeatable. `;` parts values too."
+    "--over",
+    multiple=True,
+    metavar="KEY=A,B,C",
+    help="A key and its values, codecs as they are; repeatable. `;` parts values that have other commas.",
 )
 @click.option("--seeds", default=1, show_default=True, type=click.IntRange(min=1), help="Runs of each combination.")
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Set a key for all runs; repeatable.")

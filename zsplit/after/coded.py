@@ -39,10 +39,9 @@ def coded(trained: Trained, cuts: Sequence[str], codec: str) -> nn.Module:
     """Return the model in evaluation mode with a layer at each cut that does what the codec does to activations there.
 
     Where the whole model is the client's, cut at its output, nothing takes a codec: that is the model as it is. Raises
-    ConfigError where no cut is named, PlanError for one that does not exist.
+    ConfigError as `check_cuts`, PlanError for a cut that does not exist.
     """
-    if not cuts:
-        raise ConfigError(UNKNOWN_CUT)
+    check_cuts(cuts)
     traced = trace(trained.model, torch.zeros(2, *trained.shape, device=trained.device))
     front, *others = traced.split(*cuts)
     if traced.is_output(cuts[0]):
@@ -50,4 +49,13 @@ def coded(trained: Trained, cuts: Sequence[str], codec: str) -> nn.Module:
     return nn.Sequential(front, *(layer for part in others for layer in (CodecLayer(codec), part))).eval()
 
 
-UNKNOWN_CUT = "The run does not say where its model is cut, or not once for all: name the place with --cut."
+def check_cuts(cuts: Sequence[str]) -> None:
+    """Raise ConfigError unless these are one cut, or two for a U-shaped model."""
+    if not cuts:
+        raise ConfigError(
+            "The run does not say where its model is cut, or not once for all: name the place with --cut."
+        )
+    if len(cuts) > 2:
+        raise ConfigError(
+            f"--cut names {len(cuts)} places: name one for front and back, two for front, middle and tail."
+        )

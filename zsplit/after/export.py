@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from zsplit.after.coded import UNKNOWN_CUT, coded
+from zsplit.after.coded import check_cuts, coded
 from zsplit.after.graphs import write_onnx, write_program, write_torchscript
 from zsplit.after.trained import Trained
 from zsplit.errors import ConfigError, StorageError
@@ -103,8 +103,7 @@ def _write_parts(request: Request, path: Path) -> list[Path]:
 
     With two cuts there are three parts. What lies before the model's input or behind its output is none.
     """
-    if not request.cuts:
-        raise ConfigError(UNKNOWN_CUT)
+    check_cuts(request.cuts)
     traced = trace(request.trained.model, torch.zeros(2, *request.trained.shape))
     cuts = dict(zip(("cut", "tail"), (traced.cut(cut).name for cut in request.cuts), strict=False))
     parts = _parts(traced, request.cuts)

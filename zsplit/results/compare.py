@@ -14,13 +14,25 @@ APART = ("run.name", "run.out", "broker.")
 """Keys, or beginnings of keys, in which any two runs may differ without being different experiments."""
 
 
+HOW = {
+    "policy": "schedule.policy",
+    "server_model": "schedule.server_model",
+    "labels": "train.labels",
+    "codec_up": "codec.up",
+    "codec_down": "codec.down",
+    "codec_weights": "codec.weights",
+}
+"""What says how a run trained, whether runs differ in it or not, and the keys of it."""
+
+
 class Entry(msgspec.Struct, frozen=True, kw_only=True):
-    """One run of a comparison: its figures, the values of the keys that differ, its course, and the target.
+    """One run of a comparison: its figures, how it trained, the values of the keys that differ, its course, the target.
 
     `target` is None where no target was asked for or the run did not reach it.
     """
 
     figures: Figures
+    how: dict[str, str]
     keys: dict[str, str]
     course: list[Course]
     target: Course | None
@@ -48,6 +60,7 @@ def _entry(run: RunFolder, config: Config, varied: Sequence[str], target: float 
     course = course_of(run.rounds())
     return Entry(
         figures=figures_of(run),
+        how={name: value_of(config, key) for name, key in HOW.items()},
         keys={key: value_of(config, key) for key in varied},
         course=course,
         target=None if target is None else reached(course, target),

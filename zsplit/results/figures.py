@@ -26,6 +26,8 @@ class Course(msgspec.Struct, frozen=True):
 class Figures(msgspec.Struct, frozen=True, kw_only=True):
     """A run in figures; None is unknown. Accuracies and shares are of 1, bytes are those of the whole run.
 
+    `bytes_…` were sent, `bytes_raw_…` is what they would have been without codecs.
+
     `test_…` is the last version on the test data, `val_…` the last round that was validated. `step_seconds` is the
     median of all steps, `idle_…` the share of the training's wall time in which clients or servers did not compute.
     """
@@ -44,6 +46,8 @@ class Figures(msgspec.Struct, frozen=True, kw_only=True):
     step_seconds: float | None
     bytes_up: int
     bytes_down: int
+    bytes_raw_up: int | None
+    bytes_raw_down: int | None
     idle_client: float | None
     idle_server: float | None
 
@@ -75,7 +79,7 @@ def figures_of(run: RunFolder) -> Figures:
     course = course_of(rounds)
     last = course[-1] if course else Course(0, 0.0, 0, 0, None)
     validated = next((event for event in reversed(rounds) if event.val_accuracy is not None), None)
-    volume, idle = _table(summary, "bytes"), _table(summary, "idle")
+    volume, raw, idle = (_table(summary, name) for name in ("bytes", "bytes_raw", "idle"))
     return Figures(
         run=str(run.path),
         name=run.config().run.name,
@@ -91,6 +95,8 @@ def figures_of(run: RunFolder) -> Figures:
         step_seconds=_table(summary, "step_seconds").get("median"),
         bytes_up=volume.get("up", last.bytes_up),
         bytes_down=volume.get("down", last.bytes_down),
+        bytes_raw_up=raw.get("up"),
+        bytes_raw_down=raw.get("down"),
         idle_client=idle.get("client"),
         idle_server=idle.get("server"),
     )

@@ -8,13 +8,13 @@ import msgspec
 
 from zsplit.config import Config
 from zsplit.errors import ConfigError, StorageError
-from zsplit.results.compare import value_of
+from zsplit.results.compare import HOW, value_of
 from zsplit.results.figures import Figures
 
 RESULTS = "results.csv"
 
 ALWAYS = {
-    "policy": "schedule.policy",
+    **HOW,
     "model": "model.name",
     "data": "data.name",
     "clients": "schedule.clients",

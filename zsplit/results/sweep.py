@@ -16,6 +16,9 @@ from zsplit.results.compare import varying
 from zsplit.results.figures import Figures
 from zsplit.results.folder import RunFolder, open_run
 
+COMMA = r",(?!\s*\w+=)"
+"""Between two values: not between the options of one, as in `ms:ratio=0.99,bits=2`."""
+
 
 class Point(NamedTuple):
     """One run of a sweep: the values of the keys that vary, as they were written, its seed and its config."""
@@ -73,12 +76,13 @@ class Row(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def axis(text: str) -> Axis:
-    """Return the axis that `key=a,b,c` is; values that have commas themselves are parted by `;`.
+    """Return the axis that `key=a,b,c` is; a comma before `name=` is a codec's, and belongs to the value.
 
-    Raises ConfigError for a text without key or values, for a value that stands twice, and for the seed.
+    Where values have other commas, `;` parts them, and then nothing else does. Raises ConfigError for a text without
+    key or values, for a value that stands twice, and for the seed.
     """
     key, _, rest = (part.strip() for part in text.partition("="))
-    values = tuple(value for part in rest.split(";" if ";" in rest else ",") if (value := part.strip()))
+    values = tuple(value for part in re.split(";" if ";" in rest else COMMA, rest) if (value := part.strip()))
     if not key or not values:
         raise ConfigError(f"`{text}` gives no values to a key: write --over key=a,b,c, such as train.lr=0.01,0.1.")
     if key == "run.seed":

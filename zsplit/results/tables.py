@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from zsplit.monitor import figures as words
-from zsplit.results.compare import Comparison, Entry
+from zsplit.results.compare import HOW, Comparison, Entry
 from zsplit.results.figures import Figures
 from zsplit.results.sweep import Row, Spread
 
@@ -28,10 +28,10 @@ COLUMNS = (
     Column("rounds", lambda run: words.count(run.rounds) if run.rounds > 9 else str(run.rounds)),
     Column("time", lambda run: words.seconds(run.seconds)),
     Column("step", lambda run: milliseconds(run.step_seconds)),
-    Column("up", lambda run: words.scaled(run.bytes_up, "B")),
-    Column("down", lambda run: words.scaled(run.bytes_down, "B")),
-    Column("clients idle", lambda run: words.percent(run.idle_client, 0)),
-    Column("servers idle", lambda run: words.percent(run.idle_server, 0)),
+    Column("up", lambda run: volume(run.bytes_up, run.bytes_raw_up)),
+    Column("down", lambda run: volume(run.bytes_down, run.bytes_raw_down)),
+    Column("clients\nidle", lambda run: words.percent(run.idle_client, 0)),
+    Column("servers\nidle", lambda run: words.percent(run.idle_server, 0)),
 )
 
 
@@ -40,9 +40,20 @@ def milliseconds(seconds: float | None) -> str:
     return words.NONE if seconds is None else f"{1000 * seconds:.3g} ms"
 
 
+def volume(sent: int, raw: int | None) -> str:
+    """Return the bytes that were sent, and where codecs spared some, of how many: `1.5 of 20.0 MB`."""
+    found = words.scaled(sent, "B")
+    if raw is None or raw == sent:
+        return found
+    number, _, unit = found.partition(" ")
+    whole = words.scaled(raw, "B")
+    return f"{number if whole.endswith(f' {unit}') else found} of {whole}"
+
+
 def comparison_tables(comparison: Comparison) -> Iterator[RenderableType]:
-    """Yield the table of figures, that of the keys that differ, and that of what the target took."""
+    """Yield the table of figures, those of how runs trained and of the keys that differ, and that of the target."""
     yield _figures(comparison.runs)
+    yield _how(comparison.runs)
     if any(entry.keys for entry in comparison.runs):
         yield _keys(comparison.runs)
     if comparison.target_accuracy is not None:
@@ -54,6 +65,13 @@ def _figures(runs: Sequence[Entry]) -> Table:
     for number, entry in enumerate(runs, 1):
         state = "" if entry.figures.state == "finished" else f" ({entry.figures.state})"
         table.add_row(_run(number, entry, state), *(column.text(entry.figures) for column in COLUMNS))
+    return table
+
+
+def _how(runs: Sequence[Entry]) -> Table:
+    table = _table("trained", [name.replace("_", " ") for name in HOW])
+    for number, entry in enumerate(runs, 1):
+        table.add_row(_run(number, entry), *(Text(value) for value in entry.how.values()))
     return table
 
 
@@ -71,8 +89,8 @@ def _targets(runs: Sequence[Entry], accuracy: float) -> Table:
         if (at := entry.target) is None:
             table.add_row(_run(number, entry), "not reached", *[words.NONE] * 3)
         else:
-            volume = (words.scaled(size, "B") for size in (at.bytes_up, at.bytes_down))
-            table.add_row(_run(number, entry), str(at.round), words.seconds(at.seconds), *volume)
+            sizes = (words.scaled(size, "B") for size in (at.bytes_up, at.bytes_down))
+            table.add_row(_run(number, entry), str(at.round), words.seconds(at.seconds), *sizes)
     return table
 
 
