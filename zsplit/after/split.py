@@ -13,6 +13,7 @@ from zsplit.errors import ConfigError, LinkError, RunFailedError
 from zsplit.train.half import Half, Workshop
 from zsplit.train.link import Fetched, Incoming, Link
 from zsplit.train.machine import describe
+from zsplit.train.tail import TAIL
 from zsplit.wire.messages import Held, Orders, Predict, What
 from zsplit.wire.messages import Tensors as TensorsMessage
 
@@ -51,14 +52,14 @@ def ask_split(asking: Asking, inputs: Tensor) -> list[Tensor]:
                 f"The broker at {asking.address} trains: `zsplit broker --serve RUN` starts one that can be asked."
             )
         workshop = Workshop(config, asking.shape, asking.device, None, allowed=asking.allowed)
-        link.prepared(describe(asking.device, workshop.cut))
+        link.prepared(describe(asking.device, workshop.cut, tail=workshop.tail, earliest=workshop.earliest))
         job = _job(link, asking)
         if job.base.digest != asking.version:
             raise ConfigError(
                 f"The broker at {asking.address} serves version {job.base.digest[:12]}, the run's is "
                 f"{asking.version[:12]}: name the folder of the run that it serves."
             )
-        half = workshop.front(job.plan.cut)
+        half = workshop.front(job.plan.cut, job.plan.tail)
         _load(link, job, half)
         return _ask(link, job, half, inputs)
 
@@ -95,7 +96,10 @@ def _ask(link: Link, job: Predict, half: Half, inputs: Tensor) -> list[Tensor]:
         link.send_tensors(job.lease, "predict", number, 0, 0, sent, {})
     while len(outputs) < len(inputs):
         _take(link, job, outputs)
-    return [outputs[number] for number in range(len(inputs))]
+    answers = [outputs[number] for number in range(len(inputs))]
+    if not job.plan.tail:
+        return answers
+    return [half.part(answer[None].to(half.device), TAIL)[0] for answer in answers]
 
 
 def _take(link: Link, job: Predict, outputs: dict[int, Tensor]) -> None:
