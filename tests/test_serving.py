@@ -154,6 +154,26 @@ def test_a_prediction_across_the_cut_is_that_of_the_uncut_model(
         )
 
 
+def test_what_has_its_tail_at_the_client_is_asked_there(
+    digits_run: Path, here: Here, processes: Processes, tmp_path: Path
+) -> None:
+    run = Path(shutil.copytree(digits_run, tmp_path / "run"))
+    config = (run / "config.toml").read_text()
+    (run / "config.toml").write_text(config.replace('labels = "share"', 'labels = "keep"'))
+    write_digit(tmp_path / "it.png", 0)
+    address = f"127.0.0.1:{free_port()}"
+    broker = processes.start("broker", "--serve", "run", *settings(f"broker.port={address.rpartition(':')[2]}"))
+    broker.line("The broker listens at ")
+    server = processes.start("server", "--broker", address, "--device", "cpu")
+    whole = here("predict", "run", "it.png", "--device", "cpu", "--json")
+    code, out, err = ask(here, (address, run), "it.png", "--json")
+    assert code == 0, err
+    split = [guess["probability"] for guess in json.loads(out)[0]["classes"]]
+    assert split == pytest.approx([each["probability"] for each in json.loads(whole.out)[0]["classes"]], abs=1e-6)
+    broker.signal(signal.SIGINT)
+    assert (broker.wait(), server.wait()) == (0, 0)
+
+
 def test_it_can_be_asked_again_and_again(served: tuple[str, Path], here: Here, tmp_path: Path) -> None:
     write_digit(tmp_path / "it.png", 0)
     first, second = (ask(here, served, "it.png").out for _ in range(2))
