@@ -103,13 +103,18 @@ def test_ctrl_c_before_the_run_begins_leaves_nothing_at_all(processes: Processes
     assert not (processes.folder / "out").exists()
 
 
-def test_a_run_that_is_killed_takes_its_processes_with_it(processes: Processes) -> None:
+def test_a_run_that_is_killed_takes_its_processes_and_its_config_with_it(
+    processes: Processes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "temporary"))
     run = processes.start("run", "--no-monitor", "--out", "out", *ENDLESS)
     run.line(" round 1/")
     assert len(processes.alive()) > len(("zsplit", "broker", "server", "client", "client"))
     run.process.kill()
     assert processes.gone(STOP)
     assert run.wait() == -signal.SIGKILL
+    assert not list((tmp_path / "temporary").glob("*.toml"))
     assert "gone" in json.loads((processes.folder / "out" / "summary.json").read_text())["sentence"]
 
 

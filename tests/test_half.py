@@ -5,7 +5,7 @@ import torch
 from helpers import config_of
 from nets import Normed, SmallResidual, images
 
-from zsplit.errors import PlanError
+from zsplit.errors import ConfigError, PlanError
 from zsplit.train.half import Half, Workshop
 
 CPU = torch.device("cpu")
@@ -60,6 +60,17 @@ def test_a_fixed_cut_before_the_earliest_is_refused() -> None:
     )
     assert refusal(plan__min_cut="flatten").endswith(f", before plan.min_cut = 'flatten' (4): {remedy}")
     assert workshop(model__cut="block.add", plan__min_cut="block.add").cut == "block.add"
+
+
+def test_a_pattern_that_excludes_nothing_from_the_average_is_refused() -> None:
+    with pytest.raises(ConfigError) as caught:
+        workshop(aggregate__exclude=["stem.*", "*bn9*"])
+    names = list(SmallResidual().state_dict())
+    assert str(caught.value) == (
+        f'aggregate.exclude has "*bn9*", which is none of the model\'s names ({names[0]}, …, {names[-1]}): mend it, '
+        "or leave it out."
+    )
+    assert workshop(aggregate__exclude=["stem.*"]).cut
 
 
 def test_an_earliest_cut_that_does_not_exist_is_refused() -> None:

@@ -165,6 +165,7 @@ def _broker(config: Config, out: str | None) -> Iterator[tuple["subprocess.Popen
             start_new_session=True,  # Ctrl-C is ours to pass on
         ) as process:
             place = _place(process)
+            file.close()  # it was read, and is gone now, whatever this process is killed by
             try:
                 yield process, place
             finally:

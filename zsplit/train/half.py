@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from zsplit.config import Config
-from zsplit.errors import PlanError, RemoteProtocolError
+from zsplit.errors import ConfigError, PlanError, RemoteProtocolError
 from zsplit.model import CutPoint, DeferredBatchNorm, Part, Traced, trace, zoo
 from zsplit.model.weights import read_weights
 from zsplit.train.packing import Packing
@@ -24,8 +24,9 @@ class Workshop:
     `model` takes the place of the one that the config names, `named` that of `model.cut`; `allowed` are the modules of
     which the config may name a function (`zsplit.own`). `cut` is the place where the model is cut unless a plan says
     otherwise, `tail` the one where it comes back to a client that keeps its labels, `earliest` the first one that
-    `plan.min_cut` allows, empty where it allows all. Raises ConfigError for a model that does not exist, PlanError for
-    a cut that does not exist or that `plan.min_cut` forbids, and for a tail before it.
+    `plan.min_cut` allows, empty where it allows all. Raises ConfigError for a model that does not exist and for
+    an `aggregate.exclude` that it has nothing of, PlanError for a cut that does not exist or that `plan.min_cut`
+    forbids, and for a tail before it.
     """
 
     def __init__(
@@ -46,6 +47,7 @@ class Workshop:
             else zoo.build(config.model.name, config.model.num_classes, config.run.seed, shape, allowed)
         )
         self.traced: Traced = trace(self.model, torch.zeros(2, *shape))
+        self._check_excluded()
         self._parts: dict[tuple[str, str], tuple[Part, ...]] = {}
         self._earliest = self._find_earliest()
         self.earliest = self._earliest.name if self._earliest else ""
@@ -84,6 +86,16 @@ class Workshop:
             raise PlanError(f'The plan {found}, under train.labels = "{labels}": plan anew, or leave plan.file out.')
         if tail:
             self.check_cut(tail)
+
+    def _check_excluded(self) -> None:
+        """Raise ConfigError for a name or pattern of `aggregate.exclude` that would exclude nothing."""
+        names = list(self.model.state_dict())
+        for pattern in self.config.aggregate.exclude:
+            if not any(fnmatchcase(name, pattern) for name in names):
+                raise ConfigError(
+                    f'aggregate.exclude has "{pattern}", which is none of the model\'s names ({names[0]}, …, '
+                    f"{names[-1]}): mend it, or leave it out."
+                )
 
     def _find_earliest(self) -> CutPoint | None:
         """Return the first cut that `plan.min_cut` allows, or None where it allows all."""
