@@ -184,7 +184,7 @@ def test_what_a_peer_cannot_use_ends_a_run_that_never_began(assignments: str, he
 
 
 UNKNOWN = {
-    "data.name=digit": 'or "mnist" or "own", not "digit": the nearest is "digits".',
+    "data.name=digit": 'data.name = "digit" does not exist: the nearest is "digits".',
     "schedule.policy=roundrobin": 'schedule.policy must be "async" or "parallel" or "round_robin", not "roundrobin": '
     'the nearest is "round_robin".',
 }
@@ -236,6 +236,23 @@ def test_a_loss_that_is_no_number_ends_the_run_and_says_what_to_do(here: Here, t
     ), sentence
     assert kept(sentence, tmp_path / "out") == 0
     assert out.splitlines()[-1] == "Everything is in out"
+
+
+@pytest.mark.parametrize("part", ["test", "validation"])
+def test_figures_that_are_no_numbers_end_the_run_and_name_the_round_they_come_after(
+    part: str, here: Here, tmp_path: Path
+) -> None:
+    # One step: its own loss is a number, and only what the version after it makes of new data is not.
+    one_step = ["schedule.clients=1", "run.rounds=1", "train.batch_size=16", "train.lr=1e30"]
+    data = ["data.train_size=20", "data.val_fraction=0.2"] if part == "validation" else ["data.train_size=16"]
+    command = settings("broker.port=0", *QUICK, "data.val_fraction=0.0", *one_step, *data)
+    code, _, err = here("run", *command, "--out", "out")
+    assert code == 1
+    (sentence,) = err.splitlines()
+    assert re.match(
+        rf"zsplit: client 0 is gone: The {part} loss after round 1 is (nan|inf): lower train\.lr\. ", sentence
+    ), sentence
+    assert kept(sentence, tmp_path / "out") == (1 if part == "test" else 0)
 
 
 @pytest.fixture

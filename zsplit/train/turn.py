@@ -218,7 +218,9 @@ class Evaluation:
 
     def _check(self, loss: float) -> None:
         if not math.isfinite(loss):
-            raise RunFailedError(f"The {self.job.part} loss after round {self.job.round + 1} is {loss}: lower train.lr")
+            # Validation is part of its round; the test comes after the last, when that round is counted already.
+            rounds = self.job.round + (self.job.part == "validation")
+            raise RunFailedError(f"The {self.job.part} loss after round {rounds} is {loss}: lower train.lr")
 
 
 SCORES = ("loss", "top1", "top5", "samples")
