@@ -36,6 +36,10 @@ POLL = 0.02
 MARK = "ZSPLIT_TEST"
 """Environment variable by which a test's processes are known, however they were started."""
 
+# A shell that runs the tests in its background has them ignore Ctrl-C, and every process that they start after them.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
 QUICK = ("schedule.clients=2", "run.rounds=2", "server.threads=1", "client.threads=1")
 """A run that is soon over: one thread a process, since two cores are to be enough."""
 
