@@ -12,10 +12,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from threading import Condition, Thread
 from time import monotonic, sleep
-from typing import IO, NamedTuple, Self
+from typing import IO, TYPE_CHECKING, NamedTuple, Self
 
 import hypothesis
 import pytest
+
+if TYPE_CHECKING:
+    from lone_link import Joined
 
 hypothesis.settings.register_profile(
     "zsplit", deadline=None
@@ -267,3 +270,13 @@ def digits_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     result = run_here(config, str(tmp_path_factory.mktemp("digits") / "demo"))
     assert result.ok, result.sentence
     return result.folder
+
+
+@pytest.fixture
+def joined() -> Iterator["Joined"]:
+    """Make links that have joined a broker which does what the test says."""
+    from lone_link import Joined
+
+    made = Joined()
+    yield made
+    made.close()

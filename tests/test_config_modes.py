@@ -41,6 +41,14 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
         {"schedule.server_model": "fused", "model.cut": "output"},
         'schedule.server_model = "fused" cannot be with model.cut = "output"',
     ),
+    (
+        {"model.cut": "output", "codec.up": "half"},
+        'codec.up = "half" means nothing under model.cut = "output", where no tensors cross but weights',
+    ),
+    (
+        {"model.cut": "output", "codec.down": "quantize:bits=8"},
+        'codec.down = "quantize:bits=8" means nothing under model.cut = "output"',
+    ),
     ({"schedule.mixing": 0.5}, 'schedule.mixing = 0.5 means nothing under schedule.policy = "parallel"'),
     ({"schedule.max_staleness": 2}, "schedule.max_staleness = 2 means nothing under"),
     (

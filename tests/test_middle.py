@@ -1,13 +1,11 @@
 """The server where the loss is the client's: what it takes, in which order, and what it refuses."""
 
-from collections.abc import Iterator
-
 import msgspec
 import pytest
 import torch
 from helpers import config_of
+from lone_link import LEASE, TURN, Joined
 from nets import SmallResidual
-from test_link import LEASE, TURN, Joined
 from torch import Tensor
 
 from zsplit.errors import RemoteProtocolError
@@ -22,15 +20,6 @@ PLAN = Plan(cut="stem", tail="pool", micro_batches=2, window=2)
 CONFIG = config_of(data__name="own", train__labels="keep", model__cut="stem", model__tail="pool")
 SMASHED = torch.ones(3, 4, 8, 8)
 MADE = torch.ones(3, 4, 2, 2)
-
-
-@pytest.fixture
-def joined() -> Iterator[Joined]:
-    made = Joined()
-    yield made
-    for link, broker in made.open:
-        link.close()
-        broker.context.destroy(linger=0)
 
 
 @pytest.fixture

@@ -79,7 +79,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
             rules.in_client_cuts(self.model, self.schedule, self.plan, self.train),
             rules.in_aggregation(self.aggregate, self.schedule),
             rules.in_patience(self.run, self.data),
-            rules.in_codecs(self.codec),
+            rules.in_codecs(self.codec, self.model),
             rules.in_link(self.link),
             rules.in_client_links(self.link, self.schedule.clients),
             rules.in_planning(self.model, self.train, self.plan),

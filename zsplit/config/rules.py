@@ -185,7 +185,7 @@ def in_patience(run: RunSection, data: DataSection) -> Iterator[str]:
         yield f"run.patience = {run.patience} needs evaluations on validation data: set {key} above 0."
 
 
-def in_codecs(codec: CodecSection) -> Iterator[str]:
+def in_codecs(codec: CodecSection, model: ModelSection) -> Iterator[str]:
     """How tensors travel, and what the way back needs of the way there."""
     try:
         up, down = parse(codec.up, "codec.up ="), parse(codec.down, "codec.down =")
@@ -202,6 +202,12 @@ def in_codecs(codec: CodecSection) -> Iterator[str]:
             f"codec.down = {as_toml(codec.down)} needs places that codec.up has kept, and codec.up = "
             f"{as_toml(codec.up)} keeps all: set codec.up to topk, randtopk or ms, or codec.down to something else."
         )
+    for key, value in ("codec.up", codec.up), ("codec.down", codec.down):
+        if model.cut == "output" and value != "raw":
+            yield (
+                f'{key} = {as_toml(value)} means nothing under model.cut = "output", where no tensors cross but '
+                "weights: leave it out, set codec.weights, or cut inside the model."
+            )
 
 
 def in_link(link: LinkSection) -> Iterator[str]:

@@ -24,7 +24,7 @@ from zsplit.train.profile import measure
 from zsplit.train.rates import epoch_of
 from zsplit.train.state import State, Tensors
 from zsplit.wire.manifest import LOCAL
-from zsplit.wire.messages import Evaluate, Held, Init, Lease, Measure, Merge, Step, Tally, Turn, What
+from zsplit.wire.messages import Evaluate, Held, Init, Lease, Measure, Merge, Predict, Step, Tally, Turn, What
 from zsplit.wire.messages import Tensors as TensorsMessage
 
 LARGEST_PROBE = 64 * 2**20
@@ -224,12 +224,11 @@ class Training:
         finish(self.link, self.job.lease, state or self.half.state(), tally)
 
 
-class Evaluating:
-    """The server's side of an evaluation: forward only; loss, top-1 and top-5 are summed over samples."""
+class Forward:
+    """The server's side of what learns nothing: load a version, then answer what comes."""
 
-    def __init__(self, link: Link, job: Evaluate, config: Config, half: Half) -> None:
+    def __init__(self, link: Link, job: Evaluate | Predict, half: Half) -> None:
         self.link, self.job, self.half = link, job, half
-        self.half.keep_for(owner(config, job.client))
         self.account = Account(link.spans, half.device, job.lease)
 
     def begin(self) -> None:
@@ -239,6 +238,16 @@ class Evaluating:
         self.half.load(self.job.base.digest, event.tensors)
         self.half.part.eval()
         self.link.report(Held(lease=self.job.lease, state="ready"))
+
+
+class Evaluating(Forward):
+    """The server's side of an evaluation: forward only; loss, top-1 and top-5 are summed over samples."""
+
+    job: Evaluate
+
+    def __init__(self, link: Link, job: Evaluate, config: Config, half: Half) -> None:
+        super().__init__(link, job, half)
+        self.half.keep_for(owner(config, job.client))
 
     @torch.no_grad()
     def incoming(self, event: Incoming) -> None:

@@ -7,27 +7,14 @@ import torch
 from torch import Tensor
 
 from zsplit.errors import RemoteProtocolError
-from zsplit.train.account import Account
-from zsplit.train.half import Half
-from zsplit.train.link import Fetched, Incoming, Link
-from zsplit.wire.messages import Held, Predict, What
+from zsplit.train.jobs import Forward
+from zsplit.train.link import Incoming
 from zsplit.wire.messages import Tensors as TensorsMessage
+from zsplit.wire.messages import What
 
 
-class Predicting:
+class Predicting(Forward):
     """Forward passes for one client, for as long as it is here."""
-
-    def __init__(self, link: Link, job: Predict, half: Half) -> None:
-        self.link, self.job, self.half = link, job, half
-        self.account = Account(link.spans, half.device, job.lease)
-
-    def begin(self) -> None:
-        self.link.fetch(self.job.lease, self.job.base, self.half.needs(self.job.base.digest, training=False))
-
-    def fetched(self, event: Fetched) -> None:
-        self.half.load(self.job.base.digest, event.tensors)
-        self.half.part.eval()
-        self.link.report(Held(lease=self.job.lease, state="ready"))
 
     @torch.no_grad()
     def incoming(self, event: Incoming) -> None:
