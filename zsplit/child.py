@@ -11,6 +11,7 @@ from pathlib import Path
 from threading import Thread
 from typing import Any, NamedTuple
 
+from zsplit import crash
 from zsplit.errors import RunFailedError, ZsplitError
 
 
@@ -65,6 +66,7 @@ def live(task: Task, ending: Connection) -> None:
     """The life of a child: its words go to its log, and how it ended to the parent."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     Thread(target=_die_with_parent, daemon=True).start()
+    crash.arm()
     os.chdir(task.cwd)
     try:
         output = os.open(task.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from zsplit import crash
 from zsplit.after_cli import eval_command, export, predict
 from zsplit.config import keys, load_config
 from zsplit.cuts_cli import cuts
@@ -230,6 +231,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point of `zsplit`: exit code 0 is success, 2 a usage or config error, 1 everything else."""
     debug = "--debug" in (arguments if arguments is not None else sys.argv[1:])
     try:
+        crash.arm()
         cli(arguments, prog_name="zsplit", standalone_mode=False)
     except click.ClickException as error:
         error.show()

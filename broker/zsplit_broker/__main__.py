@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from zsplit import crash
 from zsplit.config import Config, load_config
 from zsplit.errors import ConfigError, ZsplitError
 
@@ -42,6 +43,7 @@ def broker(
 ) -> None:
     """Hold a run's CONFIG and hand it out, route its tensors, decide whose turn it is."""
     try:
+        crash.arm()
         if serve is not None:
             if config or plan or out:
                 raise ConfigError("--serve takes all from the run's folder: leave CONFIG, --plan and --out out.")

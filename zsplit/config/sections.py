@@ -196,6 +196,13 @@ class ScheduleSection(Section, frozen=True):
     shared_order: Annotated[
         SharedOrder, _is("`shared`: clients take turns step by step, shuffled, or one client's steps after another's")
     ] = "step"
+    rejoin_timeout: Annotated[
+        Size, _is("seconds for which a client that was lost is waited for before its round goes on without it")
+    ] = 60.0
+    round_timeout: Annotated[
+        Size, _is("seconds after which a round goes on without clients that have not finished; 0: never")
+    ] = 0.0
+    min_clients: Annotated[Count, _is("clients that must have finished for a round to end without the others")] = 1
     mixing: Annotated[Share, _is("share of a client's result in the next version, if it is not stale (async)")] = 0.6
     mixing_power: Annotated[
         Size, _is("that share is multiplied by (staleness + 1) to the power of minus this (async)")
@@ -240,6 +247,9 @@ class LinkSection(Section, frozen=True):
     lease_seconds: Annotated[Seconds, _is("a peer that is silent for so long is lost")] = 10.0
     beat_seconds: Annotated[Seconds, _is("time between a peer's signs of life")] = 1.0
     progress_seconds: Annotated[Size, _is("a peer with a turn and no progress for so long is lost; 0: off")] = 0.0
+    patience_seconds: Annotated[
+        Size, _is("a peer whose broker has fallen silent looks for it for so long; 0: for ever")
+    ] = 600.0
     uplink_mbps: Annotated[Size, _is("clients send no faster than this (Mbit/s); 0: as the link is")] = 0.0
     downlink_mbps: Annotated[Size, _is("clients receive no faster than this (Mbit/s); 0: as the link is")] = 0.0
     rtt_ms: Annotated[Size, _is("added to every round trip of a client (ms), half of it each way")] = 0.0

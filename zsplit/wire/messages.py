@@ -348,6 +348,10 @@ class Refused(Control, frozen=True, tag="refused"):
     code: int = 1
 
 
+class Unknown(Control, frozen=True, tag="unknown"):
+    """Broker → peer: I do not know the session of your beat. Say hello again, as the same instance."""
+
+
 class Beat(Control, frozen=True, tag="beat"):
     """Peer → broker, regularly and on every change: all that I hold. `sent` is the peer's clock (s)."""
 
@@ -385,10 +389,11 @@ class Telemetry(Control, frozen=True, tag="telemetry"):
 
 
 class Fault(Control, frozen=True, tag="fault"):
-    """Peer → broker: I cannot go on, for the reason that the sentence gives."""
+    """Peer → broker: I cannot go on, for the reason that the sentence gives. `fatal`: nobody can, the run is to end."""
 
     session: str
     sentence: str
+    fatal: bool = False
 
 
 class Bye(Control, frozen=True, tag="bye"):
@@ -417,7 +422,13 @@ class Attached(Data, frozen=True, tag="A"):
 
 
 class Detached(Data, frozen=True, tag="D"):
-    """Broker → peer: I do not know this data connection; attach again."""
+    """Broker → peer: I do not know this data connection; make a new one and attach that."""
+
+
+class Resend(Data, frozen=True, tag="R"):
+    """Broker → peer: what you sent under this lease may be lost. Send again what is not answered, in order."""
+
+    lease: Lease
 
 
 class TensorMeta(msgspec.Struct, frozen=True, array_like=True, gc=False):
@@ -480,5 +491,5 @@ class Chunk(Data, frozen=True, tag="c"):
     what: What
 
 
-ControlMessage = Hello | Welcome | Refused | Beat | Orders | Telemetry | Fault | Bye
-DataMessage = Attach | Attached | Detached | Tensors | Step | Pull | Chunk
+ControlMessage = Hello | Welcome | Refused | Unknown | Beat | Orders | Telemetry | Fault | Bye
+DataMessage = Attach | Attached | Detached | Resend | Tensors | Step | Pull | Chunk
