@@ -247,7 +247,7 @@ def test_a_full_disk_is_named_with_what_to_free(tmp_path: Path) -> None:
             journal.append([b"second"])
         assert entries_in(disk) == [b"first", b"second"]
     assert str(refusal.value) == (
-        f"the disk of {disk} is full: free 2 MB and resume; all that the journal held before is intact"
+        f"the disk of {disk} is full: free 2 MB; all that the journal held before is intact"
     )
 
 

@@ -454,7 +454,7 @@ def test_a_peer_joins_once_it_is_prepared() -> None:
     desk = Desk()
     member = desk.enter("client", 0)
     assert desk.beat(member, prepared=None) == []
-    assert desk.beat(member) == [Joined("client", 0, desk.shards[0])]
+    assert desk.beat(member) == [Joined("client", 0, desk.shards[0], "client 0")]
     assert desk.beat(member) == []
 
 
@@ -712,8 +712,11 @@ def test_who_pulls_from_a_holder_that_is_not_connected_is_told_so() -> None:
     stage = Stage()
     client, turn = stage.clients[0], stage.turns[0]
     stage.router.control(Bye(session=stage.servers[0].token), stage.servers[0].control, stage.now)
-    lacking = Chunk(RUN, "", turn.lease, "client.0", turn.base.digest, 8, 0, "weights")
     asked = pull(client, turn.lease, turn.base, offset=8, length=16, what="weights")
+    from_the_disk = Route(BROKER, msgspec.structs.replace(asked, origin="client.0"))
+    assert stage.send(client, asked) == from_the_disk, "the version is stored as well"
+    stage.scheduler.archive.remove(turn.base.digest)
+    lacking = Chunk(RUN, "", turn.lease, "client.0", turn.base.digest, 8, 0, "weights")
     assert stage.send(client, asked) == Route(client.data, lacking)
 
 
