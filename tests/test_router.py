@@ -205,8 +205,9 @@ class Desk:
         until = self.now + seconds
         while self.now < until:
             self.now = min(until, self.now + self.config.link.beat_seconds / 2)
-            lost += self.router.tick(self.now)
-        self.take(lost)
+            news = self.router.tick(self.now)
+            self.take(news)
+            lost += news
         return lost
 
 

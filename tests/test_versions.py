@@ -358,7 +358,7 @@ def test_a_full_disk_leaves_the_previous_version_intact(tmp_path: Path) -> None:
         f"the disk of {versions.folder} is full: free 2 MB; the previous version is intact"
     )
     assert (
-        str(export_refusal.value) == f"the disk of {disk} is full: free 1 MB and resume; the version itself is intact"
+        str(export_refusal.value) == f"the disk of {disk} is full: free 1 MB; the version itself is intact"
     )
 
 

@@ -188,9 +188,11 @@ class Broker:
     def _export(self) -> Finish:
         """Write the merged model, the relay going on meanwhile; return how the run ended after all."""
         crash.at("broker.export")
-        digest = self.scheduler.stored[-1]
-        self.writer.submit(EXPORT, lambda: self.versions.export(digest, self.folder / "model.safetensors"))
+        digest, begun = self.scheduler.stored[-1], False
         while not self.exported and not self.stopping:
+            if not begun or (self.full is not None and self.now() >= self._next_try):
+                begun, self.full = True, None
+                self.writer.submit(EXPORT, lambda: self.versions.export(digest, self.folder / "model.safetensors"))
             self._turn()
         if self.stopping:
             return Finish(False, self.scheduler.ended(self.stopping))
@@ -490,10 +492,11 @@ class Broker:
 
     def _plan(self, asked: Decide, before: list[Planned]) -> None:
         """Answer the scheduler; on the writer's thread, since a search takes a while. What it sees and says is kept."""
-        record.write_situation(self.folder, asked.situation)
         answer = planning.answer(asked)
-        if answer.plans:
-            record.write_plans(self.folder, [*before, answer])
+        with contextlib.suppress(DiskFullError):  # the journal has it, which the run goes on from
+            record.write_situation(self.folder, asked.situation)
+            if answer.plans:
+                record.write_plans(self.folder, [*before, answer])
         self.answers.append(answer)
 
     # Storing
