@@ -279,9 +279,10 @@ class Scheduler(Course):
         return now - max(began, self.assembled or 0.0) >= self.config.schedule.round_timeout
 
     def _stragglers(self) -> set[int]:
-        """Return the clients whose turn is open and not done, or due and not open."""
+        """Return the clients whose turn is open and not done, or due while they are not here."""
         turns = [work for work in self.work.values() if isinstance(work.job, Turn) and "client" not in work.done]
-        return {turn.job.client for turn in turns if isinstance(turn.job, Turn)} | {s.client for s in self.shares_due()}
+        absent = {s.client for s in self.shares_due() if ("client", s.client) not in self.peers}
+        return {turn.job.client for turn in turns if isinstance(turn.job, Turn)} | absent
 
     def _can_spare(self, client: int) -> bool:
         """Whether what waits for this client can go on without it."""
