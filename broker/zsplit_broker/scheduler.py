@@ -294,10 +294,10 @@ class Scheduler(Course):
             return True  # it is waited for with an evaluation only
         if self._later_turns(client):
             return True
-        others, stragglers = [each for each in self.crowd() if each != client], self._stragglers()
-        if self.config.schedule.clients_per_round:
-            least = min(least, len(others))  # of those that were not drawn nobody can take its place
-        return len([other for other in others if other not in stragglers]) >= least
+        if self.config.schedule.clients_per_round:  # all that were drawn may be gone, and be drawn no more
+            return len([other for other in self.clients if other != client]) >= least
+        stragglers = self._stragglers()
+        return len([other for other in self.crowd() if other != client and other not in stragglers]) >= least
 
     def _later_turns(self, client: int) -> bool:
         """Whether somebody else can take the turn of this client, which comes later in the round."""
