@@ -120,12 +120,12 @@ class Processes:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._mark = uuid.uuid4().hex
-        self._started: list[Command] = []
+        self.started: list[Command] = []
 
     def start(self, *arguments: str, **environment: str) -> Command:
         """Start `zsplit` with these arguments."""
         command = Command(arguments, self.folder, {**environment, MARK: self._mark})
-        self._started.append(command)
+        self.started.append(command)
         return command
 
     def run(self, *arguments: str, **environment: str) -> Command:
@@ -136,7 +136,7 @@ class Processes:
 
     def alive(self) -> list[int]:
         """Return the ids of all processes that were started here, directly or not, and have not ended."""
-        started = [command.process.pid for command in self._started if command.process.poll() is None]
+        started = [command.process.pid for command in self.started if command.process.poll() is None]
         mark = f"{MARK}={self._mark}".encode()
         return sorted({*started, *(int(path.parent.name) for path in _environments() if mark in _bytes_of(path))})
 
@@ -156,7 +156,7 @@ class Processes:
         left = self.alive()
         for process in left:
             os.kill(process, signal.SIGKILL)
-        for command in self._started:
+        for command in self.started:
             command.wait()
         assert gone or kind is not None, f"processes were left behind: {left}"
 

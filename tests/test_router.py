@@ -350,6 +350,18 @@ def test_a_newcomer_takes_the_place_of_one_whose_connection_closed_at_once() -> 
     assert desk.scheduler.peers == {}
 
 
+def test_a_newcomer_that_wants_any_index_gets_that_of_one_that_cannot_be_reached() -> None:
+    desk = Desk()
+    gone = desk.join("server", instance="first")
+    desk.now += 2 * desk.config.link.beat_seconds
+    assert desk.hello("server", instance="second") is None, "it may be there: it is asked"
+    desk.router.unreachable(gone.control)
+    welcome = desk.hello("server", instance="second")
+    assert isinstance(welcome, Welcome)
+    assert welcome.index == 0
+    assert ("server", 0) not in desk.scheduler.peers
+
+
 def test_one_whose_connection_closed_and_who_came_back_is_not_replaced() -> None:
     desk = Desk()
     first = desk.join("client", 1)

@@ -97,6 +97,11 @@ class Router:
         return here or any(joined.instance == hello.instance for joined in self.scheduler.known.values())
 
     def _admit(self, control: bytes, hello: Hello, now: float) -> Iterator[Outgoing | Lost]:
+        if hello.index < 0:
+            quiet = [s for s in self.silent(now, 1.2) if s.role == hello.role and s.reachable]
+            yield from (Outgoing(session.control, self.orders(session)) for session in quiet)
+            if quiet:
+                return  # it asks again, and may have the index of one that cannot be reached
         index = hello.index if hello.index >= 0 else self._index_of(hello)
         if index is None and any(peer not in self._by_peer for peer in self.scheduler.peers):
             return  # one that was here before this broker may not come back: ask again
@@ -144,6 +149,9 @@ class Router:
         for session in self.sessions.values():
             if session.instance == hello.instance:
                 return session.index
+        dead = [s.index for s in self.sessions.values() if s.role == hello.role and not s.reachable]
+        if dead:
+            return min(dead)
         taken = {index for role, index in (*self._by_peer, *self.scheduler.peers) if role == hello.role}
         limit = self.config.schedule.clients if hello.role == "client" else len(taken) + 1
         return next((i for i in range(limit) if i not in taken), None)
@@ -260,9 +268,9 @@ class Router:
                 session.progressed = min(now, session.progressed + now - self._ticked)
         self._ticked = now
 
-    def silent(self, now: float) -> list[Session]:
-        """Return the sessions that missed two beats."""
-        return [s for s in self.sessions.values() if now - s.seen > 2.5 * self.config.link.beat_seconds]
+    def silent(self, now: float, beats: float = 2.5) -> list[Session]:
+        """Return the sessions that have not been heard for so many times the interval of their beats."""
+        return [s for s in self.sessions.values() if now - s.seen > beats * self.config.link.beat_seconds]
 
     def _overdue(self, session: Session, now: float) -> str:
         link = self.config.link
