@@ -8,7 +8,7 @@ import socket
 import subprocess
 import sys
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from threading import Condition, Thread
 from time import monotonic, sleep
@@ -58,9 +58,11 @@ class Command:
     `out` and `err` are the lines that it has printed so far, `said` both in the order in which they came.
     """
 
-    def __init__(self, arguments: tuple[str, ...], folder: Path, environment: dict[str, str]) -> None:
+    def __init__(
+        self, arguments: tuple[str, ...], folder: Path, environment: dict[str, str], program: Sequence[str | Path]
+    ) -> None:
         self.process = subprocess.Popen(
-            [ZSPLIT, *arguments],
+            [*program, *arguments],
             cwd=folder,
             env={**os.environ, **environment},
             stdin=subprocess.DEVNULL,
@@ -122,9 +124,9 @@ class Processes:
         self._mark = uuid.uuid4().hex
         self.started: list[Command] = []
 
-    def start(self, *arguments: str, **environment: str) -> Command:
-        """Start `zsplit` with these arguments."""
-        command = Command(arguments, self.folder, {**environment, MARK: self._mark})
+    def start(self, *arguments: str, program: Sequence[str | Path] = (ZSPLIT,), **environment: str) -> Command:
+        """Start `zsplit`, or another program, with these arguments."""
+        command = Command(arguments, self.folder, {**environment, MARK: self._mark}, program)
         self.started.append(command)
         return command
 

@@ -126,8 +126,8 @@ def test_a_run_of_another_config_is_refused_with_the_keys_that_differ(processes:
     code, sentence = refused(processes, *options("run.rounds=400", "train.lr=0.5", "broker.port=0"))
     assert code == 2
     assert sentence == (
-        "zsplit broker: out holds a run of another config (train.lr is 0.05 there and 0.5 here): resume it with its own "
-        "(zsplit resume out), or choose another --out."
+        "zsplit broker: out holds a run of another config (train.lr is 0.05 there and 0.5 here): "
+        "resume it with its own (zsplit resume out), or choose another --out."
     )
 
 
