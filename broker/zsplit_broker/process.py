@@ -14,12 +14,16 @@ from zsplit.memory import keep_freed
 from zsplit_broker.events import Finish
 from zsplit_broker.journal import Journal
 from zsplit_broker.loop import Broker
-from zsplit_broker.record import choose_folder, create_folder, read_plans, remove_folder, write_plans
+from zsplit_broker.record import choose_folder, create_folder, read_config, read_plans, remove_folder, write_plans
 from zsplit_broker.sockets import Sockets, bound
 
 
-def run_broker(config: Config, out: str | None, ready: Callable[[Sockets, Path], None], attached: bool) -> Finish:
+def run_broker(
+    config: Config | None, out: str | None, ready: Callable[[Sockets, Path], None], attached: bool
+) -> Finish:
     """Run a broker to the end of its run. `ready` is called with its sockets and folder once it listens.
+
+    Without a config, that of the folder `out` is taken.
 
     `attached`: the end of the standard input stops it, so that it cannot outlive whoever started it. A run that
     never began leaves no folder behind.
@@ -28,6 +32,7 @@ def run_broker(config: Config, out: str | None, ready: Callable[[Sockets, Path],
     where it cannot write.
     """
     keep_freed(one_arena=True)
+    config = config or read_config(Path(out or ""))
     planned = read_plans(config)
     folder = choose_folder(config, out)
     run = secrets.token_hex(4)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import msgspec
 
-from zsplit.config import Config, to_toml
+from zsplit.config import Config, load_config, to_toml
 from zsplit.errors import ConfigError, StorageError
 from zsplit.plan import Situation
 from zsplit.plan import file as plan_file
@@ -16,6 +16,7 @@ from zsplit_broker.events import Planned
 from zsplit_broker.journal import JOURNAL, LOCK
 from zsplit_broker.timeline import TIMELINE
 
+CONFIG = "config.toml"
 PLAN = "plan.json"
 PROFILE = "profile.json"
 SUMMARY = "summary.json"
@@ -42,14 +43,28 @@ def create_folder(folder: Path, config: Config) -> None:
     """Make the folder and write the config as resolved. Raises StorageError where that fails."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.toml").write_text(to_toml(config))
+        (folder / CONFIG).write_text(to_toml(config))
     except OSError as error:
         raise StorageError(f"cannot write to {folder}: {error.strerror}; choose another --out") from error
 
 
+def check_folder(folder: Path) -> None:
+    """Raise ConfigError where no run is in a folder."""
+    if not folder.is_dir():
+        raise ConfigError(f"There is no run {folder}: give the folder of a run, such as runs/digits-1.")
+    if not (folder / CONFIG).is_file():
+        raise ConfigError(f"{folder} is no run's folder, it has no {CONFIG}: give one such as runs/digits-1.")
+
+
+def read_config(folder: Path) -> Config:
+    """Return the config that the run in a folder has. Raises ConfigError where there is none, or it is damaged."""
+    check_folder(folder)
+    return load_config(folder / CONFIG)
+
+
 def remove_folder(folder: Path) -> None:
     """Remove what the broker put into a folder, and the folder where nothing else is in it."""
-    for name in ("config.toml", JOURNAL, LOCK, PLAN, PROFILE, SUMMARY, TIMELINE):
+    for name in (CONFIG, JOURNAL, LOCK, PLAN, PROFILE, SUMMARY, TIMELINE):
         (folder / name).unlink(missing_ok=True)
     with contextlib.suppress(OSError):  # somebody else's files stay
         (folder / "versions").rmdir()
