@@ -49,8 +49,9 @@ class Peer:
         self._ending, theirs = context.Pipe(duplex=False)
         self._said = None
         name = f"zsplit {self.name}"
-        self._process = context.Process(target=live, args=(self._task, theirs), name=name, daemon=True)
-        self._process.start()
+        process = context.Process(target=live, args=(self._task, theirs), name=name, daemon=True)
+        process.start()  # Ctrl-C may come meanwhile: then there is none
+        self._process = process
         theirs.close()
 
     @property

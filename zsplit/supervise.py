@@ -76,7 +76,7 @@ class Broker:
             self._hear()
         if self.place is None:
             error = ZsplitError(self.words or "The broker did not start.")
-            error.exit_code = self._code or 1
+            error.exit_code = max(1, self._code or 0)
             raise error
         return self.place
 
