@@ -28,13 +28,15 @@ def run_server(
     connect_seconds: float = CONNECT_SECONDS,
     data: Data | None = None,
     allow: Collection[str] = (),
+    index: int = -1,
 ) -> str:
     """Serve until the run is over; return the broker's last sentence. Raises ZsplitError where it failed.
 
+    `index` is which server this is, −1 the next free one: one that is started again takes its own place at once.
     `shape` is that of one sample, for data that only the clients know. Where labels live at the server
     (`train.labels = "server"`) it needs the data as well: `data`, or what the config names.
     """
-    link = Link(broker, "server", say=say)
+    link = Link(broker, "server", index, say=say)
 
     def work() -> str:
         config = from_json(link.welcome.config)
