@@ -280,7 +280,9 @@ ENDLESS = "run.rounds=100000"
 
 
 @pytest.mark.parametrize("peer", ["client 1", "server 0"])
-def test_a_peer_that_is_killed_and_not_started_again_ends_the_run_before_its_lease_does(peer: str, processes: Processes) -> None:
+def test_a_peer_that_is_killed_and_not_started_again_ends_the_run_before_its_lease_does(
+    peer: str, processes: Processes
+) -> None:
     options = settings("broker.port=0", *QUICK, ENDLESS, "link.lease_seconds=1000")
     run = processes.start("run", "--no-monitor", "--restarts", "0", "--out", "out", *options)
     run.line(" round 2/")
