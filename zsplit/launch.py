@@ -81,7 +81,7 @@ def run_here(
     Raises ZsplitError where a process cannot start.
     """
     objects = _objects(config, model, data)
-    config = _dealt(_named(config, model, data), out or config.run.out)
+    config = deal_cores(_named(config, model, data), out or config.run.out)
     _fetch(config)
     with _written(config) as file:
         broker = _listening([file, *(["--out", out] if out else [])])
@@ -181,7 +181,7 @@ def share_cores(config: Config) -> Config:
     )
 
 
-def _dealt(config: Config, folder: str) -> Config:
+def deal_cores(config: Config, folder: str) -> Config:
     """Return the config with the cores dealt out; as they were, where the folder has a run that is to be resumed.
 
     Numbers of threads are part of what a result depends on, and this machine may have other cores than that one.

@@ -12,6 +12,7 @@ from typing import NamedTuple
 from zsplit.errors import ConfigError, ZsplitError
 from zsplit.results import RunFolder, open_run
 from zsplit_broker.journal import LOCK
+from zsplit_broker.record import CONFIG
 
 
 class Holder(NamedTuple):
@@ -42,6 +43,8 @@ def stop_run(folder: Path, now: bool, say: Callable[[str], None]) -> str:
             say(f"The run in {folder} ends after the round under way; --now ends it at once")
         fcntl.flock(lock, fcntl.LOCK_SH)  # free when the broker is gone
     sentence = run.summary().get("sentence")
+    if sentence is None and not (folder / CONFIG).exists():
+        return "The run never began, and leaves nothing behind"
     if sentence is None:
         raise ZsplitError(
             f"The broker of {folder} is gone and left no summary: `zsplit resume {folder}` goes on with it"
