@@ -8,7 +8,7 @@ import socket
 import subprocess
 import sys
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from threading import Condition, Thread
 from time import monotonic, sleep
@@ -58,9 +58,11 @@ class Command:
     `out` and `err` are the lines that it has printed so far, `said` both in the order in which they came.
     """
 
-    def __init__(self, arguments: tuple[str, ...], folder: Path, environment: dict[str, str]) -> None:
+    def __init__(
+        self, arguments: tuple[str, ...], folder: Path, environment: dict[str, str], program: Sequence[str | Path]
+    ) -> None:
         self.process = subprocess.Popen(
-            [ZSPLIT, *arguments],
+            [*program, *arguments],
             cwd=folder,
             env={**os.environ, **environment},
             stdin=subprocess.DEVNULL,
@@ -120,12 +122,12 @@ class Processes:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._mark = uuid.uuid4().hex
-        self._started: list[Command] = []
+        self.started: list[Command] = []
 
-    def start(self, *arguments: str, **environment: str) -> Command:
-        """Start `zsplit` with these arguments."""
-        command = Command(arguments, self.folder, {**environment, MARK: self._mark})
-        self._started.append(command)
+    def start(self, *arguments: str, program: Sequence[str | Path] = (ZSPLIT,), **environment: str) -> Command:
+        """Start `zsplit`, or another program, with these arguments."""
+        command = Command(arguments, self.folder, {**environment, MARK: self._mark}, program)
+        self.started.append(command)
         return command
 
     def run(self, *arguments: str, **environment: str) -> Command:
@@ -136,7 +138,7 @@ class Processes:
 
     def alive(self) -> list[int]:
         """Return the ids of all processes that were started here, directly or not, and have not ended."""
-        started = [command.process.pid for command in self._started if command.process.poll() is None]
+        started = [command.process.pid for command in self.started if command.process.poll() is None]
         mark = f"{MARK}={self._mark}".encode()
         return sorted({*started, *(int(path.parent.name) for path in _environments() if mark in _bytes_of(path))})
 
@@ -156,7 +158,7 @@ class Processes:
         left = self.alive()
         for process in left:
             os.kill(process, signal.SIGKILL)
-        for command in self._started:
+        for command in self.started:
             command.wait()
         assert gone or kind is not None, f"processes were left behind: {left}"
 

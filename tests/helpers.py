@@ -22,6 +22,7 @@ from zsplit.wire.messages import (
     Plan,
     Prepared,
     Profile,
+    Share,
     Stretch,
     Tally,
     Turn,
@@ -217,7 +218,7 @@ class Play:
         side = "client" if peer[0] == "client" else "server"
         if isinstance(job, Measure):
             return Done(job.lease, side, "", Tally(), PROFILE, LINK if side == "client" else None)
-        digest = digest_of(b"" if self.still else f"{job.lease} {peer}".encode())
+        digest = digest_of(b"" if self.still else repr(result_of(job, side)).encode())
         return Done(job.lease, side, digest, self.tally(peer, job))
 
     def tally(self, peer: Peer, job: Job) -> Tally:
@@ -265,6 +266,20 @@ class Play:
         return self
 
 
+def result_of(job: Job, side: str) -> object:
+    """Return what a job's result follows from: nothing of when, under which lease and at which server it was done."""
+    match job:
+        case Turn():
+            back = job.base.digest if job.back is None else job.back.digest
+            own = (Share(job.client, job.first, job.count),)
+            return side, own if side == "client" or job.group is None else job.group.shares, job.round, back
+        case Merge(inputs=inputs):
+            fronts = [(c.client, c.weight, c.front.digest) for c in inputs]
+            return fronts, [c.back.digest for c in inputs if c.back is not None], job.base.digest, job.share
+        case _:
+            return side
+
+
 def planned(config: Config, asked: Decide) -> Planned:
     """Return what a planner may say: what is fixed, else for every other round something better."""
     clients = range(config.schedule.clients)
@@ -284,6 +299,9 @@ def fingerprint(scheduler: Scheduler) -> tuple[object, ...]:
         (scheduler.epoch, scheduler.number, work),
         (scheduler.round, scheduler.stages, scheduler.stage, scheduler.version),
         (scheduler.contributions, scheduler.storing, scheduler.stored, scheduler.unsettled),
+        (scheduler.known, scheduler.gone, scheduler.away, scheduler.missed, scheduler.moved, scheduler.assembled),
+        (scheduler.finished, scheduler.evaluated, scheduler.draining, scheduler.stage_began),
+        {digest: mark._replace(book=None) for digest, mark in scheduler.marks.items()},
         (scheduler.arrivals.contributions, scheduler.arrivals.turns, scheduler.arrivals.count, scheduler.bases),
         (scheduler.history, scheduler.books.tests, scheduler.began),
         (scheduler.plans.situation, scheduler.plans.deciding, scheduler.plans.made),

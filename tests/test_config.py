@@ -272,6 +272,11 @@ class TestRefusedCombinations:
                 "schedule.clients_per_round = 5 is more than there are: with schedule.clients = 4 the largest is 4.",
             ),
             (
+                ["schedule.min_clients=5"],
+                "schedule.min_clients = 5 is more than a round has: it has 4 clients, "
+                "set schedule.min_clients to 4 or less.",
+            ),
+            (
                 ["schedule.aggregate_every=0"],
                 "schedule.aggregate_every = 0 is no number of steps: "
                 "set 1 or more, or -1 for the end of the local epochs.",

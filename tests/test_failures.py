@@ -3,10 +3,8 @@
 import json
 import os
 import re
-import shutil
 import signal
 import socket
-import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from time import monotonic
@@ -253,27 +251,6 @@ def test_figures_that_are_no_numbers_end_the_run_and_name_the_round_they_come_af
         rf"zsplit: client 0 is gone: The {part} loss after round 1 is (nan|inf): lower train\.lr\. ", sentence
     ), sentence
     assert kept(sentence, tmp_path / "out") == (1 if part == "test" else 0)
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A folder with room for the first version and half of the second."""
-    (disk := tmp_path / "disk").mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=1500k", "tmpfs", disk]
-    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True).returncode:
-        pytest.skip("needs the right to mount a file system")
-    yield disk
-    subprocess.run(["umount", disk], check=True)
-
-
-def test_a_full_disk_ends_the_run_and_leaves_the_version_before_intact(here: Here, small_disk: Path) -> None:
-    code, _, err = here("run", *settings("broker.port=0", *QUICK), "--out", str(small_disk / "out"))
-    assert code == 1
-    (sentence,) = err.splitlines()
-    # Whichever of the two writes meets the end of the disk first: the version's, or a journal line's beside it.
-    intact = "(the previous version|all that the journal held before) is intact"
-    assert re.match(rf"zsplit: the disk of \S+ is full: free \d+ MB and resume; {intact}", sentence), sentence
-    assert kept(sentence, small_disk / "out") == 0
 
 
 ENDLESS = "run.rounds=100000"

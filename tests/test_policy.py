@@ -32,7 +32,7 @@ def test_the_examples_in_the_documentation_are_right() -> None:
 def test_every_participant_trains_all_its_steps_once_and_in_order(
     config: Config, round_: int, steps: dict[int, int]
 ) -> None:
-    stages = stages_of(config, round_, steps)
+    stages = stages_of(config, participants(config, round_), steps)
     trained: dict[int, list[int]] = {}
     for share in (share for stage in stages for share in stage):
         trained.setdefault(share.client, []).extend(range(share.first, share.first + share.steps))
@@ -43,7 +43,7 @@ def test_every_participant_trains_all_its_steps_once_and_in_order(
 @unhurried
 @given(configs(("round_robin",)), st.integers(0, 3), counts)
 def test_round_robin_is_one_client_a_stage_in_order(config: Config, round_: int, steps: dict[int, int]) -> None:
-    stages = stages_of(config, round_, steps)
+    stages = stages_of(config, participants(config, round_), steps)
     assert stages == [(Share(client, 0, steps[client]),) for client in participants(config, round_)]
 
 
@@ -53,7 +53,7 @@ def test_parallel_clients_begin_together_and_keep_step_until_their_data_is_used_
     config: Config, round_: int, steps: dict[int, int]
 ) -> None:
     assume(not hands_back_on(config))
-    stages = stages_of(config, round_, steps)
+    stages = stages_of(config, participants(config, round_), steps)
     every = config.schedule.aggregate_every
     assert [share.client for share in stages[0]] == participants(config, round_)
     for stage in stages:
@@ -103,7 +103,7 @@ def test_samples_differ_from_round_to_round() -> None:
 )
 def test_unequal_shards_drawn(every: int, drawn: list[str]) -> None:
     config = config_of(schedule__clients=2, schedule__aggregate_every=every)
-    assert picture(stages_of(config, 0, {0: 5, 1: 2})).splitlines() == drawn
+    assert picture(stages_of(config, [0, 1], {0: 5, 1: 2})).splitlines() == drawn
 
 
 def test_a_back_that_is_handed_on_goes_from_client_to_client_until_all_have_done_as_many_steps() -> None:
@@ -113,7 +113,7 @@ def test_a_back_that_is_handed_on_goes_from_client_to_client_until_all_have_done
         schedule__server_model="shared",
         schedule__shared_order="turn",
     )
-    stages = stages_of(config, 0, {0: 5, 1: 2})
+    stages = stages_of(config, [0, 1], {0: 5, 1: 2})
     assert picture(stages).splitlines() == [
         "stage 0   client 0: steps 0 to 1",
         "stage 1   client 1: steps 0 to 1",

@@ -192,7 +192,7 @@ def stages() -> str:
     """Return a round of three clients as each policy makes it."""
     policies = ({"schedule.policy": "round_robin"}, {"schedule.aggregate_every": 2})
     configs = (load_config(None, {"schedule.clients": 3, **policy}) for policy in policies)
-    pictures = (picture(stages_of(config, 0, {0: 5, 1: 5, 2: 4})) for config in configs)
+    pictures = (picture(stages_of(config, [0, 1, 2], {0: 5, 1: 5, 2: 4})) for config in configs)
     return "```\n" + "\n\n".join(pictures) + "\n```\n"
 
 

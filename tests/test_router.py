@@ -205,8 +205,9 @@ class Desk:
         until = self.now + seconds
         while self.now < until:
             self.now = min(until, self.now + self.config.link.beat_seconds / 2)
-            lost += self.router.tick(self.now)
-        self.take(lost)
+            news = self.router.tick(self.now)
+            self.take(news)
+            lost += news
         return lost
 
 
@@ -349,6 +350,18 @@ def test_a_newcomer_takes_the_place_of_one_whose_connection_closed_at_once() -> 
     assert desk.scheduler.peers == {}
 
 
+def test_a_newcomer_that_wants_any_index_gets_that_of_one_that_cannot_be_reached() -> None:
+    desk = Desk()
+    gone = desk.join("server", instance="first")
+    desk.now += 2 * desk.config.link.beat_seconds
+    assert desk.hello("server", instance="second") is None, "it may be there: it is asked"
+    desk.router.unreachable(gone.control)
+    welcome = desk.hello("server", instance="second")
+    assert isinstance(welcome, Welcome)
+    assert welcome.index == 0
+    assert ("server", 0) not in desk.scheduler.peers
+
+
 def test_one_whose_connection_closed_and_who_came_back_is_not_replaced() -> None:
     desk = Desk()
     first = desk.join("client", 1)
@@ -454,7 +467,7 @@ def test_a_peer_joins_once_it_is_prepared() -> None:
     desk = Desk()
     member = desk.enter("client", 0)
     assert desk.beat(member, prepared=None) == []
-    assert desk.beat(member) == [Joined("client", 0, desk.shards[0])]
+    assert desk.beat(member) == [Joined("client", 0, desk.shards[0], "client 0")]
     assert desk.beat(member) == []
 
 
@@ -712,8 +725,11 @@ def test_who_pulls_from_a_holder_that_is_not_connected_is_told_so() -> None:
     stage = Stage()
     client, turn = stage.clients[0], stage.turns[0]
     stage.router.control(Bye(session=stage.servers[0].token), stage.servers[0].control, stage.now)
-    lacking = Chunk(RUN, "", turn.lease, "client.0", turn.base.digest, 8, 0, "weights")
     asked = pull(client, turn.lease, turn.base, offset=8, length=16, what="weights")
+    from_the_disk = Route(BROKER, msgspec.structs.replace(asked, origin="client.0"))
+    assert stage.send(client, asked) == from_the_disk, "the version is stored as well"
+    stage.scheduler.archive.remove(turn.base.digest)
+    lacking = Chunk(RUN, "", turn.lease, "client.0", turn.base.digest, 8, 0, "weights")
     assert stage.send(client, asked) == Route(client.data, lacking)
 
 

@@ -19,8 +19,10 @@ from zsplit.config import load_config
 from zsplit.errors import ConfigError, RunFailedError
 from zsplit.wire.messages import Finish, Lease, Orders, Plan, Predict, Prepared, Pull, Ref
 from zsplit.wire.transfer import MANIFEST
+from zsplit_broker.depot import Depot
+from zsplit_broker.disk import Writer
 from zsplit_broker.events import Entry, Event, Joined, Lost, Ready, Started, Stopped
-from zsplit_broker.serve import load_served, read_version
+from zsplit_broker.serve import load_served
 from zsplit_broker.serving import Serving
 from zsplit_broker.versions import Versions
 from zsplit_broker.work import refs_of
@@ -92,12 +94,16 @@ def test_a_version_is_read_by_manifest_and_bytes_and_not_beyond_its_end(digits_r
     versions = Versions(Path(shutil.copytree(file.parent, digits_run.parent / "versions")))
 
     def pull(offset: int, length: int) -> bytes:
-        return read_version(versions, Pull("r", "s", Lease(1, 1), "broker", file.stem, offset, length, "weights"))
+        return depot.read(Pull("r", "s", Lease(1, 1), "broker", file.stem, offset, length, "weights"))
+
+    writer = Writer(lambda: None)
+    depot = Depot("r", versions, writer, lambda pull: False)
 
     manifest = versions.manifest(file.stem)
     assert pull(MANIFEST, 0) == manifest.encode()
     assert pull(8, 16) == versions.read(file.stem, 8, 16)
     assert pull(manifest.nbytes - 1, 16) == b""
+    writer.close()
 
 
 def test_what_holds_no_finished_run_is_not_served(digits_run: Path, tmp_path: Path) -> None:

@@ -354,12 +354,8 @@ def test_a_full_disk_leaves_the_previous_version_intact(tmp_path: Path) -> None:
             versions.export(previous, disk / "model.safetensors")
         assert os.listdir(disk) == ["versions"]
         versions.close()
-    assert str(refusal.value) == (
-        f"the disk of {versions.folder} is full: free 2 MB and resume; the previous version is intact"
-    )
-    assert (
-        str(export_refusal.value) == f"the disk of {disk} is full: free 1 MB and resume; the version itself is intact"
-    )
+    assert str(refusal.value) == (f"the disk of {versions.folder} is full: free 2 MB; the previous version is intact")
+    assert str(export_refusal.value) == f"the disk of {disk} is full: free 1 MB; the version itself is intact"
 
 
 def test_a_file_that_may_not_grow_leaves_the_previous_version_intact(tmp_path: Path, versions: Versions) -> None:

@@ -1,6 +1,6 @@
 """Which versions are on the disk and on their way there, in the order of training. No disk here."""
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 from zsplit.wire.messages import Ref
 
@@ -22,11 +22,23 @@ class Archive:
         self.stored = [other for other in self._ordered if other in self.stored]
         self.storing.setdefault(ref.digest, ref)
 
-    def written(self, digest: str) -> Iterator[str]:
+    def forsake(self) -> list[str]:
+        """Give up what is on its way; return its digests."""
+        given_up = list(self.storing)
+        self.storing.clear()
+        self._ordered = [other for other in self._ordered if other in self.stored]
+        return given_up
+
+    def remove(self, digest: str) -> None:
+        """A stored version is gone, or must not be used."""
+        self.stored = [other for other in self.stored if other != digest]
+        self._ordered = [other for other in self._ordered if other in self.stored or other in self.storing]
+
+    def written(self, digest: str, needed: Collection[str] = ()) -> Iterator[str]:
         """A version is on the disk; yield those that nothing needs any more."""
         if self.storing.pop(digest, None) is None:
             return
         self.stored = [other for other in self._ordered if other == digest or other in self.stored]
-        while len(self.stored) > KEPT_VERSIONS:
+        while len(self.stored) > KEPT_VERSIONS and self.stored[0] not in needed:
             yield self.stored.pop(0)
         self._ordered = [other for other in self._ordered if other in self.stored or other in self.storing]

@@ -5,6 +5,7 @@ algorithm 1, with its polynomial staleness function). The order of arrival is th
 """
 
 from collections import deque
+from collections.abc import Collection
 from typing import NamedTuple
 
 from zsplit.config.sections import ScheduleSection
@@ -16,6 +17,15 @@ class Arrival(NamedTuple):
 
     contribution: Contribution
     base: int
+
+
+class Results(NamedTuple):
+    """How far training is: as in `Arrivals`, and for each client the turns whose results are counted."""
+
+    versions: int
+    over: int
+    discarded: int
+    turns: dict[int, int]
 
 
 class Arrivals:
@@ -60,6 +70,22 @@ class Arrivals:
         if staleness > self._schedule.max_staleness:
             return 0.0
         return float(self._schedule.mixing * (staleness + 1) ** -self._schedule.mixing_power)
+
+    def mark(self, busy: Collection[int]) -> Results:
+        """Return how far training is. A turn of a `busy` client is under way, or waits."""
+        turns = {client: turn - (client in busy or self.waits(client)) for client, turn in self.turns.items()}
+        return Results(self.versions, self.count, self.discarded, turns)
+
+    def go_back(self, mark: Results) -> None:
+        """Training is as far as it was then, and nothing waits."""
+        self.versions, self.count, self.discarded = mark.versions, mark.over, mark.discarded
+        self.turns = dict(mark.turns)
+        self._waiting.clear()
+
+    def again(self, client: int) -> None:
+        """A client's latest turn came to nothing, or what it left is lost: it is to be done again."""
+        self._waiting = deque(each for each in self._waiting if each.contribution.client != client)
+        self.turns[client] -= 1
 
     def mixed(self) -> None:
         """The next result is in a new version."""

@@ -2,6 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Mapping
+from copy import deepcopy
 from typing import NamedTuple
 
 from zsplit.wire.messages import Evaluate, Init, Job, Measure, Merge, Tally, Turn
@@ -86,17 +87,35 @@ class Books:
         """The round is over: return what it was."""
         return self.rounds.pop(round_).record(round_, version, now)
 
+    def go_back(self, round_: int, book: RoundBook | None) -> None:
+        """Forget what was written down of this round and of later ones; `book` is what remains of it."""
+        self.rounds = {number: kept for number, kept in self.rounds.items() if number < round_}
+        if book is not None:
+            self.rounds[round_] = deepcopy(book)
+
     def opened(self, job: Job, now: float) -> None:
         """A lease was opened."""
         if isinstance(job, Turn):
             self._turns[job.server] = self._turns.get(job.server, 0) + 1
             self._since.setdefault(job.server, now)
 
-    def closed(self, job: Job, now: float, client: Tally, server: Tally, round_: int) -> None:
-        """A job is done: keep what each side did in it, nothing where a side had no part. A turn is `round_`'s."""
+    def closed(self, job: Job, now: float, round_: int) -> None:
+        """A lease is over, done or not."""
+        if isinstance(job, Turn):
+            self._turns[job.server] -= 1
+            if not self._turns[job.server]:
+                since = self._since.pop(job.server)
+                if round_ in self.rounds:
+                    self.rounds[round_].open[job.server] += now - since
+
+    def count(self, job: Job, client: Tally, server: Tally, round_: int) -> None:
+        """Keep what each side did in a job that counts, nothing where a side had no part. A turn is `round_`'s."""
         match job:
             case Turn():
-                self._close_turn(job, now, client, server, round_)
+                book = self.rounds[round_]
+                book.clients[job.client] = add([book.clients[job.client], client])
+                book.backs[job.client] = add([book.backs[job.client], server])
+                book.servers[job.server] = add([book.servers[job.server], server])
             case Merge():
                 book = self.rounds[job.round]
                 book.merges[job.server] = add([book.merges[job.server], server])
@@ -107,12 +126,3 @@ class Books:
                 self.tests[job.plan.up] = add([self.tests.get(job.plan.up, NOTHING), client])
             case Init() | Measure():
                 pass  # before the first round
-
-    def _close_turn(self, job: Turn, now: float, client: Tally, server: Tally, round_: int) -> None:
-        book = self.rounds[round_]
-        book.clients[job.client] = add([book.clients[job.client], client])
-        book.backs[job.client] = add([book.backs[job.client], server])
-        book.servers[job.server] = add([book.servers[job.server], server])
-        self._turns[job.server] -= 1
-        if not self._turns[job.server]:
-            book.open[job.server] += now - self._since.pop(job.server)

@@ -17,7 +17,7 @@ from zsplit.wire.events import (
 )
 from zsplit.wire.messages import Evaluate, Held, Measure, Merge, Predict, Turn
 from zsplit_broker.books import RoundRecord
-from zsplit_broker.events import Event, Joined, Lost, Planned, Stopped
+from zsplit_broker.events import Damaged, Draining, Event, Joined, Lost, Missed, Planned, Started, Stopped
 from zsplit_broker.router import Router
 from zsplit_broker.scheduler import Scheduler
 from zsplit_broker.session import Session
@@ -64,7 +64,7 @@ class Bulletin:
             name=config.run.name,
             run=self.run,
             state=self._state(),
-            sentence=scheduler.outcome.sentence if scheduler.outcome else "",
+            sentence=scheduler.outcome.sentence if scheduler.outcome else scheduler.waits_for(),
             policy=config.schedule.policy,
             model=config.model.name,
             data=config.data.name,
@@ -118,8 +118,21 @@ class Bulletin:
                 text = f"joined: {prepared.train} samples" if role == "client" else f"joined: {prepared.device}"
                 yield LogEvent(level="info", who=f"{role}.{index}", text=text)
                 yield from self._differences(event)
-            case Lost(role=role, index=index, sentence=sentence):
-                yield LogEvent(level="error", who=f"{role}.{index}", text=sentence)
+            case Started(epoch=epoch) if epoch > 1:
+                text = f"the run is taken up again, {len(self.scheduler.history)} rounds of it are done"
+                yield LogEvent(level="info", who="broker", text=text)
+            case Lost(role=role, index=index, sentence=sentence, fatal=fatal):
+                after = "" if fatal or self.scheduler.phase == "waiting" else self._after_loss(role)
+                yield LogEvent(level="error", who=f"{role}.{index}", text=sentence + after)
+            case Missed(client=client, sentence=sentence):
+                text = f"{sentence}: the run goes on without it until it is back"
+                yield LogEvent(level="warning", who=f"client.{client}", text=text)
+            case Damaged(digest=digest, sentence=sentence):
+                text = f"version {digest[:12]} cannot be used ({sentence}): the one before it is"
+                yield LogEvent(level="error", who="broker", text=text)
+            case Draining(sentence=sentence):
+                text = f"{sentence}: the run ends when the version of this round is stored"
+                yield LogEvent(level="warning", who="broker", text=text)
             case Planned(round=round_, sentence=sentence) if sentence:
                 before = f"as planned before, from round {round_ + 1} on: " if self.scheduler.config.plan.file else ""
                 yield LogEvent(level="info", who="broker", text=before + sentence)
@@ -127,6 +140,12 @@ class Bulletin:
                 yield LogEvent(level="error", who="broker", text=sentence)
             case _:
                 pass
+
+    def _after_loss(self, role: str) -> str:
+        """Say what happens now that a peer is gone."""
+        if role == "client":
+            return f"; it is waited for, {self.scheduler.config.schedule.rejoin_timeout:g} s (schedule.rejoin_timeout)"
+        return "" if self.scheduler.servers() else "; the run waits for a server"
 
     def departure(self, event: Event) -> Iterator[AnyEvent]:
         """Yield the last word on a peer that was lost."""

@@ -17,9 +17,13 @@ PARTIAL = ".partial"
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
+class DiskFullError(StorageError):
+    """There is no room on the disk: the same can be tried again when there is."""
+
+
 @contextmanager
 def storage_errors(folder: Path, need: int, kept: str) -> Iterator[None]:
-    """Turn an OSError into a StorageError that says what to do.
+    """Turn an OSError into a StorageError that says what to do, one for want of room into a DiskFullError.
 
     `need` is how many bytes were to be written in `folder`; `kept` says what is safe all the same.
     """
@@ -28,10 +32,8 @@ def storage_errors(folder: Path, need: int, kept: str) -> Iterator[None]:
     except OSError as error:
         if error.errno in _FULL:
             megabytes = max(1, -(-need // 1_000_000))
-            sentence = f"the disk of {folder} is full: free {megabytes} MB and resume; {kept}"
-        else:
-            sentence = f"{folder} cannot be used ({error.strerror}): mend that and resume; {kept}"
-        raise StorageError(sentence) from error
+            raise DiskFullError(f"the disk of {folder} is full: free {megabytes} MB; {kept}") from error
+        raise StorageError(f"{folder} cannot be used ({error.strerror}): mend that and resume; {kept}") from error
 
 
 def sync_folder(folder: Path) -> None:

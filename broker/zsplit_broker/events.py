@@ -17,24 +17,56 @@ class Fact(msgspec.Struct, frozen=True, tag_field="event"):
 
 
 class Started(Fact, frozen=True, tag="started"):
-    """A broker process took up the run: a new epoch, from which leases are numbered anew."""
+    """A broker process took up the run: a new epoch, from which leases are numbered anew.
+
+    `ports` are those that it listens on (control, data, events), so that the next one can be found where this one was.
+    """
 
     epoch: int
+    ports: tuple[int, int, int] = (0, 0, 0)
 
 
 class Joined(Fact, frozen=True, tag="joined"):
-    """A peer has loaded its data (a client, with the sizes of its parts) or its model (a server)."""
+    """A peer has loaded its data (a client, with the sizes of its parts) or its model (a server).
+
+    `instance` is the process: another one of the same index holds nothing of what this one held.
+    """
 
     role: Literal["client", "server"]
     index: int
     prepared: Prepared
+    instance: str = ""
 
 
 class Lost(Fact, frozen=True, tag="lost"):
-    """A peer is gone: silent, closed, failed or without progress; the sentence says which."""
+    """A peer is gone: silent, closed, failed or without progress; the sentence says which.
+
+    `fatal`: it says that nobody can go on.
+    """
 
     role: Literal["client", "server"]
     index: int
+    sentence: str
+    fatal: bool = False
+
+
+class Missed(Fact, frozen=True, tag="missed"):
+    """A client was waited for long enough: what it is waited for goes on without it, for the reason given."""
+
+    client: int
+    sentence: str
+
+
+class Damaged(Fact, frozen=True, tag="damaged"):
+    """A version that was stored cannot be used any more, for the reason given."""
+
+    digest: str
+    sentence: str
+
+
+class Draining(Fact, frozen=True, tag="draining"):
+    """The run is to end once the version of the round under way is committed, for the reason given."""
+
     sentence: str
 
 
@@ -82,7 +114,7 @@ class Planned(Fact, frozen=True, tag="planned"):
     sentence: str = ""
 
 
-Event = Started | Joined | Lost | Ready | Done | Stored | Stopped | Planned
+Event = Started | Joined | Lost | Missed | Ready | Done | Stored | Damaged | Draining | Stopped | Planned
 
 
 class Entry(msgspec.Struct, frozen=True):
@@ -124,9 +156,15 @@ class Decide(msgspec.Struct, frozen=True):
 
 
 class Store(msgspec.Struct, frozen=True):
-    """Pull this state from its holder and write it to disk."""
+    """Pull this state from its holder and write it to disk. Said again, it is to come from another holder."""
 
     ref: Ref
+
+
+class Forsake(msgspec.Struct, frozen=True):
+    """A state that was to be stored is needed no more."""
+
+    digest: str
 
 
 class Discard(msgspec.Struct, frozen=True):
@@ -148,4 +186,4 @@ class Finish(msgspec.Struct, frozen=True):
     sentence: str
 
 
-Instruction = Open | Grant | Close | Decide | Store | Discard | Announce | Finish
+Instruction = Open | Grant | Close | Decide | Store | Forsake | Discard | Announce | Finish

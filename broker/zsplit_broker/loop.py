@@ -14,8 +14,9 @@ from pathlib import Path
 import msgspec
 import zmq
 
+from zsplit import crash
 from zsplit.config import Config
-from zsplit.errors import RemoteProtocolError, StorageError
+from zsplit.errors import RemoteProtocolError, StorageError, ZsplitError
 from zsplit.wire import messages
 from zsplit.wire.events import AnyEvent, LogEvent
 from zsplit.wire.frames import (
@@ -27,6 +28,7 @@ from zsplit.wire.frames import (
 )
 from zsplit.wire.messages import (
     PROTOCOL,
+    Attach,
     Beat,
     Bye,
     Chunk,
@@ -39,19 +41,23 @@ from zsplit.wire.messages import (
     Refused,
     Telemetry,
     Turn,
+    Unknown,
 )
 from zsplit.wire.wake import Wake
 from zsplit_broker import planning, record
 from zsplit_broker.bulletin import Bulletin
-from zsplit_broker.disk import Writer
+from zsplit_broker.depot import Depot
+from zsplit_broker.disk import DiskFullError, Outcome, Writer
 from zsplit_broker.events import (
     Announce,
     Close,
     Decide,
     Discard,
+    Draining,
     Entry,
     Event,
     Finish,
+    Forsake,
     Grant,
     Instruction,
     Lost,
@@ -60,9 +66,7 @@ from zsplit_broker.events import (
     Started,
     Stopped,
     Store,
-    Stored,
 )
-from zsplit_broker.intake import Intake
 from zsplit_broker.journal import Journal
 from zsplit_broker.port import Bell, Port
 from zsplit_broker.relay import BROKER
@@ -83,11 +87,6 @@ IDLE_SECONDS = 0.1
 PUBLISH_SECONDS = 0.25
 """How often the state of the run and its peers is published."""
 
-UNKNOWN_SESSION = "the broker does not know this session any more: start the peer again"
-
-MAX_PENDING = 64 * 2**20
-"""Bytes that may wait for the disk before the broker pulls no more."""
-
 EXPORT = "export"
 """Key of the writer's task that makes `model.safetensors`."""
 
@@ -96,6 +95,12 @@ PLAN = "plan"
 
 FAREWELL_SECONDS = 1.5
 """How long the broker waits, at the end, for its peers to leave."""
+
+RETURN_SECONDS = 5.0
+"""How long one that was started again at the end waits for those who look for it."""
+
+RETRY_SECONDS = 0.5
+"""How long a broker whose disk is full waits before it tries again."""
 
 
 class Broker:
@@ -108,7 +113,7 @@ class Broker:
         folder: Path,
         journal: Journal,
         sockets: Sockets,
-        planned: Sequence[Planned] = (),
+        news: Sequence[Event] = (),
         scheduler: Scheduler | None = None,
     ) -> None:
         self.config = config
@@ -122,6 +127,7 @@ class Broker:
         self.control, self.events = sockets.control, sockets.events
         self.wake = Wake()
         self.writer = Writer(self.wake.set)
+        self.depot = Depot(run, self.versions, self.writer, self._ask)
         self.poller = zmq.Poller()
         for source in (self.control, self.events, self.wake.fd):
             self.poller.register(source, zmq.POLLIN)
@@ -129,24 +135,30 @@ class Broker:
         descriptors = self.control.fileno(), self.events.fileno(), self.wake.fd
         self.bell = Bell(sockets.bell, descriptors, IDLE_SECONDS)
         self.busy = True
-        self.news: list[Event] = [Started(1), *planned]
+        ports = sockets.port, sockets.data_port, sockets.events_port
+        self.news: list[Event] = [Started(self.scheduler.epoch + 1, ports), *news]
         self.answers: list[Planned] = []
-        self.intakes: dict[str, Intake] = {}
+        self.metrics: list[bytes] = []
+        self.full: DiskFullError | None = None
+        self.left: set[Peer] = set()
         self.timeline = Timeline(folder, self.writer.submit) if config.run.timeline else None
         self.relayed = self.relayed_bytes = 0
-        self.stopping = ""
+        self.stopping = self.draining = ""
         self.exported = False
-        self._born = time.monotonic()
-        self._next_tick = self._next_publish = 0.0
+        for number in range(record.trim_metrics(folder, len(self.scheduler.history)), len(self.scheduler.history)):
+            self.metrics += self._publish([self.bulletin.round_event(self.scheduler.history[number])])
+        self._born = time.monotonic() - self.scheduler.now
+        self._next_tick = self._next_publish = self._next_try = 0.0
 
     # Start and end
 
     def serve(self) -> Finish:
         """Run until the run is over; return how it ended. A call to `stop` ends it early."""
-        while self.scheduler.outcome is None:
+        while self.scheduler.outcome is None or (self.news and not self.scheduler.outcome.ok):
             try:
                 self._turn()
             except StorageError as error:  # the journal cannot be written: nothing may follow any more
+                self.news.clear()
                 self.scheduler.handle(Entry(self.now(), Stopped(str(error))))
         outcome = self._export() if self.scheduler.outcome.ok else self.scheduler.outcome
         self._conclude(outcome)
@@ -155,6 +167,13 @@ class Broker:
     def stop(self, sentence: str) -> None:
         """End the run at the next turn of the loop; safe to call from a signal handler."""
         self.stopping = sentence
+        self.wake.set()
+
+    def drain(self, sentence: str) -> None:
+        """End the run once the version of the round under way is stored; a second call ends it now."""
+        if self.draining or self.scheduler.draining:
+            self.stop(sentence)
+        self.draining = sentence
         self.wake.set()
 
     def close(self) -> None:
@@ -168,9 +187,12 @@ class Broker:
 
     def _export(self) -> Finish:
         """Write the merged model, the relay going on meanwhile; return how the run ended after all."""
-        digest = self.scheduler.stored[-1]
-        self.writer.submit(EXPORT, lambda: self.versions.export(digest, self.folder / "model.safetensors"))
+        crash.at("broker.export")
+        digest, begun = self.scheduler.stored[-1], False
         while not self.exported and not self.stopping:
+            if not begun or (self.full is not None and self.now() >= self._next_try):
+                begun, self.full = True, None
+                self.writer.submit(EXPORT, lambda: self.versions.export(digest, self.folder / "model.safetensors"))
             self._turn()
         if self.stopping:
             return Finish(False, self.scheduler.ended(self.stopping))
@@ -179,14 +201,21 @@ class Broker:
     def _conclude(self, outcome: Finish) -> None:
         """Write the summary and send everybody home."""
         self.scheduler.outcome = outcome
+        self._write_metrics()
         with contextlib.suppress(StorageError):  # a full disk is what the outcome tells already
             record.write_summary(self.folder, summarise(self.scheduler, self.run, self.folder))
         self._publish(self.bulletin.state(self.now()))
         self.router.finish = messages.Finish(ok=outcome.ok, sentence=outcome.sentence)
         self._tell(None)
-        until = time.monotonic() + FAREWELL_SECONDS
-        while any(s.reachable for s in self.router.sessions.values()) and time.monotonic() < until:
+        alone = not self.router.sessions and self.scheduler.peers  # they look for the broker before this one
+        until = time.monotonic() + (RETURN_SECONDS if alone else FAREWELL_SECONDS)
+        while self._is_expected() and time.monotonic() < until:
             self._turn()
+
+    def _is_expected(self) -> bool:
+        """Whether somebody is here, or was here before this broker and is not yet again."""
+        here = self.router.sessions.values()
+        return any(s.reachable for s in here) or bool(self.scheduler.peers.keys() - {s.peer for s in here} - self.left)
 
     def now(self) -> float:
         """Return seconds since the run began."""
@@ -220,14 +249,19 @@ class Broker:
         if self.stopping and self.scheduler.outcome is None:
             self.news.append(Stopped(self.stopping))
             self.stopping = ""
+        if self.draining and self.scheduler.outcome is None:
+            self.news.append(Draining(self.draining))
+            self.draining = ""
         if now >= self._next_tick:
             self._next_tick = now + self.config.link.beat_seconds / 2
             for session in self.router.silent(now):
                 self._send(session.control, self.router.orders(session, now=now))  # fails where it is gone
             self.news += self.router.tick(now)
-            for intake in self.intakes.values():
-                intake.retry()
-                self._pull(intake)
+            overdue = self.scheduler.overdue(now)
+            if overdue is not None and overdue not in self.news:
+                self.news.append(overdue)
+            self.depot.tick()
+            self._write_metrics()
         if now >= self._next_publish:
             self._next_publish = now + PUBLISH_SECONDS
             self._publish(self.bulletin.state(now))
@@ -235,14 +269,41 @@ class Broker:
                 self._publish([self.bulletin.rates(now, self.relayed, self.relayed_bytes)])
 
     def _take_news(self) -> None:
+        if not self.news or (self.full is not None and self.now() < self._next_try):
+            return
         news, self.news = self.news, []
-        if news and self.scheduler.outcome is None:  # peers that leave when it is over are no news
+        over = self.scheduler.outcome is not None and not isinstance(news[0], Started)
+        if over:  # peers that leave when it is over are no news
+            self.left |= {(event.role, event.index) for event in news if isinstance(event, Lost)}
+            return
+        try:
             self._take(news)
+        except DiskFullError as error:
+            self.news = [*news, *self.news]
+            self._wait_for_room(error)
+
+    def _wait_for_room(self, error: DiskFullError) -> None:
+        """The disk is full: nothing follows from what happens until there is room. Say so once."""
+        self._next_try = self.now() + RETRY_SECONDS
+        if self.full is None:
+            self._publish([LogEvent(level="error", who="broker", text=f"{error}. The run waits for room on the disk")])
+        self.full = error
+
+    def _has_room(self) -> None:
+        """The disk took something again."""
+        if self.full is not None and not self.depot.waits_for_room:
+            self.full = None
+            self._publish(
+                [LogEvent(level="info", who="broker", text="there is room on the disk again: the run goes on")]
+            )
 
     def _take(self, news: list[Event]) -> None:
         """Journal the news, then do what follows from it."""
         entries = [Entry(self.now(), event) for event in news]
+        crash.at("broker.journal")
         self.journal.append([msgspec.json.encode(entry) for entry in entries])
+        crash.at("broker.journaled")
+        self._has_room()
         touched: set[Peer] = set()
         for entry in entries:
             for instruction in self.scheduler.handle(entry):
@@ -271,18 +332,29 @@ class Broker:
                 self.router.relay.forget(job.lease)
                 return parties(job)
             case Store(ref):
-                intake = Intake(ref, self.run, self.versions, self.writer)
-                self._pull(self.intakes.setdefault(ref.digest, intake))
+                self.depot.store(ref)
+            case Forsake(digest):
+                self.depot.forsake(digest)
             case Discard(digest):
-                self.writer.submit("", lambda: self.versions.delete(digest))
+                self.depot.discard(digest)
             case Decide():
                 self.writer.submit(PLAN, partial(self._plan, instruction, list(self.scheduler.plans.made)))
             case Announce(round_):
+                crash.at("broker.announce")
                 event = self.bulletin.round_event(self.scheduler.history[round_])
-                record.append_metrics(self.folder, *self._publish([event]))
+                self.metrics += self._publish([event])
+                self._write_metrics()
+                crash.at("broker.announced")
             case Finish():
                 pass  # ends the loop in `serve`
         return set()
+
+    def _write_metrics(self) -> None:
+        """Write the rounds' figures; they wait where the disk is full."""
+        with contextlib.suppress(DiskFullError):
+            while self.metrics:
+                record.append_metrics(self.folder, self.metrics[0])
+                del self.metrics[0]
 
     def _publish(self, events: Iterable[AnyEvent]) -> list[bytes]:
         """Publish events; return their bodies as they went out."""
@@ -339,8 +411,8 @@ class Broker:
         session = self.router.session(beat.session)
         if session is not None and session.control == sender:
             self._send(sender, self.router.orders(session, beat.sent, now))
-        elif session is None:
-            self._send(sender, Refused(sentence=UNKNOWN_SESSION))
+        else:
+            self._send(sender, Unknown())
 
     def _undecodable(self, sender: bytes, header: bytes) -> None:
         self.router.dropped += 1
@@ -373,6 +445,7 @@ class Broker:
         """
         if sender == BELL:
             return False
+        crash.at("broker.relay")
         sizes = list(map(len, frames))
         try:
             message = decode_data(header)
@@ -405,6 +478,9 @@ class Broker:
                 self._forward(sender, encode(relay.lacking(message, relay.name_of(sender))), [])
             self.relayed += 1
             self.relayed_bytes += size
+            if isinstance(message, Attach) and sender in relay.by_data:
+                for to, resend in relay.resends(relay.by_data[sender]):
+                    self._forward(to, encode(resend), [])
 
     def _forward(self, to: bytes, header: bytes, frames: list[zmq.Frame]) -> bool:
         """Send a data message; return whether its connection took it."""
@@ -416,46 +492,60 @@ class Broker:
 
     def _plan(self, asked: Decide, before: list[Planned]) -> None:
         """Answer the scheduler; on the writer's thread, since a search takes a while. What it sees and says is kept."""
-        record.write_situation(self.folder, asked.situation)
         answer = planning.answer(asked)
-        if answer.plans:
-            record.write_plans(self.folder, [*before, answer])
+        with contextlib.suppress(DiskFullError):  # the journal has it, which the run goes on from
+            record.write_situation(self.folder, asked.situation)
+            if answer.plans:
+                record.write_plans(self.folder, [*before, answer])
         self.answers.append(answer)
 
     # Storing
 
-    def _pull(self, intake: Intake) -> None:
-        holder = self.router.relay.data_of(intake.ref.holder)
-        if holder is not None and self.writer.pending_bytes < MAX_PENDING:
-            for pull in intake.pulls():
-                if not self._forward(holder, encode(pull), []):
-                    intake.take(self.router.relay.lacking(pull, "broker"), None)
+    def _ask(self, pull: Pull) -> bool:
+        """Ask the holder of a version for a piece of it; return whether that could be said."""
+        holder = self.router.relay.data_of(pull.source)
+        return holder is not None and self._forward(holder, encode(pull), [])
 
     def _receive(self, message: DataMessage, frames: list[zmq.Frame]) -> None:
-        """Take in a data message for the broker itself: a piece of a version that it stores."""
-        intake = self.intakes.get(message.digest) if isinstance(message, Chunk) else None
-        if intake is None or not isinstance(message, Chunk):
-            return
-        try:
-            intake.take(message, memoryview(frames[0].buffer) if frames else None)
-        except RemoteProtocolError as error:
-            self.stop(f"the version from {intake.ref.holder} cannot be stored: {error}")
-        self._pull(intake)
+        """Take in a data message for the broker itself: a piece of a version, or a question for one."""
+        if isinstance(message, Chunk):
+            self.depot.take(message, memoryview(frames[0].buffer) if frames else None)
+        elif isinstance(message, Pull):
+            self._answer_pull(message)
+
+    def _answer_pull(self, pull: Pull) -> None:
+        to = self.router.relay.data_of(pull.origin)
+        if to is not None:
+            data = self.depot.read(pull)
+            answer = Chunk(self.run, "", pull.lease, pull.origin, pull.digest, pull.offset, len(data), pull.what)
+            self._forward(to, encode(answer), [zmq.Frame(data)] if data else [])
 
     def _written(self) -> None:
         """Collect what the writer finished: a digest is a version on disk, an error ends the run."""
         for outcome in self.writer.finished():
-            if outcome.error is not None:
-                self.stopping = str(outcome.error)
-            elif outcome.key == EXPORT:
+            try:
+                self._collect(outcome)
+            except DiskFullError as error:
+                self._wait_for_room(error)
+            except ZsplitError as error:
+                self.stopping = str(error)
+        self.depot.resume()
+
+    def _collect(self, outcome: Outcome) -> None:
+        if outcome.key in ("", EXPORT, PLAN) and outcome.error is not None:
+            raise outcome.error
+        match outcome.key:
+            case "":
+                pass
+            case "export":
                 self.exported = True
-            elif outcome.key == PLAN:
+            case "plan":
                 self.news.append(self.answers.pop())
-            elif outcome.key:
-                self.intakes.pop(outcome.key, None)
-                self.news.append(Stored(outcome.key))
-        for intake in self.intakes.values():
-            self._pull(intake)
+            case _:
+                news = self.depot.written(outcome)
+                if news is not None:
+                    self._has_room()
+                    self.news.append(news)
 
 
 def parties(job: Job) -> set[Peer]:

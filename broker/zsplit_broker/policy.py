@@ -4,12 +4,12 @@ After each stage the contributions of its turns are merged into the next version
 (round-robin hands the front on), several are averaged (parallel split learning). Where one back goes from client to
 client (`shared_order = "turn"`), a merge follows the last of them. A round can be printed:
 
-    >>> print(picture(stages_of(config, 0, {0: 3, 1: 2})))
+    >>> print(picture(stages_of(config, [0, 1], {0: 3, 1: 2})))
     stage 0   client 0: steps 0 to 2
     stage 1   client 1: steps 0 to 1
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from random import Random
 
 from zsplit.config import Config
@@ -19,18 +19,20 @@ from zsplit.wire.messages import Share
 Stage = tuple[Share, ...]
 
 
-def participants(config: Config, round_: int) -> list[int]:
-    """Return the clients of this round, in order: all, or a sample drawn for the round (SplitFed, FedAvg)."""
-    everyone = range(config.schedule.clients)
+def participants(config: Config, round_: int, away: Collection[int] = ()) -> list[int]:
+    """Return the clients of this round, in order: all, or a sample drawn for the round (SplitFed, FedAvg).
+
+    Who is `away` is none of them.
+    """
+    everyone = [client for client in range(config.schedule.clients) if client not in away]
     size = config.schedule.clients_per_round
-    if not size:
-        return list(everyone)
+    if not size or size >= len(everyone):
+        return everyone
     return sorted(Random(derive(config.run.seed, "sample", round_)).sample(everyone, size))  # noqa: S311
 
 
-def stages_of(config: Config, round_: int, steps: Mapping[int, int]) -> list[Stage]:
-    """Return the round's stages. `steps` is the number of steps that each client has in a round."""
-    clients = participants(config, round_)
+def stages_of(config: Config, clients: Sequence[int], steps: Mapping[int, int]) -> list[Stage]:
+    """Return the stages of these clients' round. `steps` is the number of steps that each client has in a round."""
     if config.schedule.policy == "round_robin":
         return [(Share(client, 0, steps[client]),) for client in clients]
     longest = max(steps[client] for client in clients)
@@ -50,6 +52,16 @@ def hands_back_on(config: Config) -> bool:
 def shares_back(config: Config) -> bool:
     """Whether the turns of a stage train one back together."""
     return config.schedule.server_model != "replica" and not hands_back_on(config)
+
+
+def segment_of(config: Config, stages: Sequence[Stage], number: int) -> int:
+    """Return the first stage since the merge before this one: where one back is handed on, several have none between.
+
+    What they left belongs together.
+    """
+    while hands_back_on(config) and number and stages[number - 1][0].first == stages[number][0].first:
+        number -= 1
+    return number
 
 
 def merges_after(config: Config, stages: Sequence[Stage], number: int) -> bool:

@@ -16,24 +16,28 @@ from zsplit_broker.events import Planned
 from zsplit_broker.journal import JOURNAL, LOCK
 from zsplit_broker.timeline import TIMELINE
 
+CONFIG = "config.toml"
+METRICS = "metrics.jsonl"
 PLAN = "plan.json"
 PROFILE = "profile.json"
 SUMMARY = "summary.json"
 
 
-def choose_folder(config: Config, out: str | None = None) -> Path:
-    """Return the folder of a new run: the one asked for, else the first free `runs/<name>-<n>`.
+def choose_folder(config: Config | None, out: str | None = None) -> Path:
+    """Return the folder of a run: the one asked for, else the first free `runs/<name>-<n>`.
 
-    Raises ConfigError where it exists already and is not empty: nothing is ever overwritten.
+    Raises ConfigError where it exists already, is not empty and holds no run: nothing is ever overwritten.
     """
-    asked = out or config.run.out
+    asked = out or (config.run.out if config is not None else "")
     if asked:
         folder = Path(asked).expanduser()
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise ConfigError(f"{folder} exists already and is not overwritten: choose another --out")
-        return folder
+        free = not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
+        if free or (folder / JOURNAL).exists():
+            return folder
+        raise ConfigError(f"{folder} exists already and is not overwritten: choose another --out")
+    name = config.run.name if config is not None else "run"
     number = 1
-    while (folder := Path("runs") / f"{config.run.name}-{number}").exists():
+    while (folder := Path("runs") / f"{name}-{number}").exists():
         number += 1
     return folder
 
@@ -42,14 +46,14 @@ def create_folder(folder: Path, config: Config) -> None:
     """Make the folder and write the config as resolved. Raises StorageError where that fails."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.toml").write_text(to_toml(config))
+        (folder / CONFIG).write_text(to_toml(config))
     except OSError as error:
         raise StorageError(f"cannot write to {folder}: {error.strerror}; choose another --out") from error
 
 
 def remove_folder(folder: Path) -> None:
     """Remove what the broker put into a folder, and the folder where nothing else is in it."""
-    for name in ("config.toml", JOURNAL, LOCK, PLAN, PROFILE, SUMMARY, TIMELINE):
+    for name in (CONFIG, JOURNAL, LOCK, PLAN, PROFILE, SUMMARY, TIMELINE):
         (folder / name).unlink(missing_ok=True)
     with contextlib.suppress(OSError):  # somebody else's files stay
         (folder / "versions").rmdir()
@@ -58,8 +62,30 @@ def remove_folder(folder: Path) -> None:
 
 def append_metrics(folder: Path, body: bytes) -> None:
     """Add a round's figures, as they were published, to `metrics.jsonl`."""
-    with storage_errors(folder, len(body), "what was stored is intact"), (folder / "metrics.jsonl").open("ab") as file:
+    with storage_errors(folder, len(body), "what was stored is intact"), (folder / METRICS).open("ab") as file:
         file.write(body + b"\n")
+
+
+def trim_metrics(folder: Path, rounds: int) -> int:
+    """Keep the lines of so many rounds, the last one of each, and no torn one; return how many there are."""
+    file = folder / METRICS
+    lines = file.read_bytes().split(b"\n")[:-1] if file.exists() else []
+    by_round: dict[int, bytes] = {}
+    for line in lines:
+        with contextlib.suppress(ValueError, KeyError, TypeError):
+            by_round[int(json.loads(line)["round"])] = line
+    kept: list[bytes] = []
+    while len(kept) < rounds and len(kept) + 1 in by_round:
+        kept.append(by_round[len(kept) + 1])
+    if lines:
+        _write(folder, METRICS, b"".join(line + b"\n" for line in kept))
+    return len(kept)
+
+
+def put_timeline_aside(folder: Path, epoch: int) -> None:
+    """Give the timeline that an earlier broker of the run has written a name of its own."""
+    if (folder / TIMELINE).exists():
+        (folder / TIMELINE).rename(folder / f"timeline-{epoch}.json")
 
 
 def write_summary(folder: Path, summary: dict[str, object]) -> None:

@@ -1,6 +1,7 @@
 """What may pass on the data connection, and where it goes: attaching, relay rules, pulls, and a count of all that."""
 
 from collections import defaultdict
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import msgspec
@@ -20,6 +21,7 @@ from zsplit.wire.messages import (
     Predict,
     Pull,
     Ref,
+    Resend,
     Role,
     Step,
     TensorMeta,
@@ -28,7 +30,7 @@ from zsplit.wire.messages import (
 )
 from zsplit_broker.scheduler import Scheduler
 from zsplit_broker.session import Session
-from zsplit_broker.work import Peer, client_of, refs_of
+from zsplit_broker.work import Peer, client_of, peer_of, refs_of
 
 BROKER = b""
 """Stands for the broker itself among the destinations of a data message."""
@@ -168,6 +170,16 @@ class Relay:
         self._lanes.clear()
         return Attached(self.run, session.token)
 
+    def resends(self, session: Session) -> Iterator[tuple[bytes, Resend]]:
+        """Yield what to tell the others when a peer's data connection is a new one: what they sent it may be lost."""
+        for lease, work in self.scheduler.work.items():
+            client = client_of(work.job)
+            if client is None or not work.ready or not takes_part(session, work.job):
+                continue
+            to = self.by_peer.get(("server", work.job.server) if session.role == "client" else ("client", client))
+            if to is not None and to.data is not None:
+                yield to.data, Resend(self.run, to.token, lease)
+
     def _relay(self, session: Session, message: Tensors | Step, size: int) -> Route | None:
         lane = self._open_lane(session, message)
         if lane is None:
@@ -205,6 +217,8 @@ class Relay:
         to = self.data_of(message.source)
         if to is not None:
             return Route(to, asked)
+        if message.digest in self.scheduler.stored:
+            return Route(BROKER, asked)  # who held it is gone, and the disk has it
         return Route(sender, self.lacking(message, session.name))
 
     def lacking(self, pull: Pull, origin: str) -> Chunk:
@@ -275,12 +289,6 @@ def legs_of(job: Job, role: Role) -> range:
     """Return the legs on which a side may send: the client on even ones, the server on odd ones; 2 and 3 of a tail."""
     last = 4 if isinstance(job, Turn) and job.plan.tail else 2
     return range(0 if role == "client" else 1, last, 2)
-
-
-def peer_of(name: str) -> Peer:
-    """Return the peer that a name such as `client.3` stands for; one that is nobody's becomes nobody."""
-    role, _, index = name.partition(".")
-    return role, int(index) if len(index) < 10 and index.isascii() and index.isdigit() else -1
 
 
 def takes_part(session: Session, job: Job) -> bool:

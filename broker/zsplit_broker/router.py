@@ -64,6 +64,7 @@ class Router:
         self._by_peer: dict[Peer, Session] = {}
         self.relay = Relay(run, scheduler, self.sessions, self._by_peer)
         self._ticked: float | None = None
+        self._absent_since: float | None = None
 
     # Hello
 
@@ -86,16 +87,24 @@ class Router:
                 f"client index {hello.index} is out of range: this run has {clients} clients, "
                 f"0 to {clients - 1} (schedule.clients)"
             )
-        if (
-            self.finish is not None
-            and hello.role != "monitor"
-            and all(s.instance != hello.instance for s in self.sessions.values())
-        ):
+        if self.finish is not None and hello.role != "monitor" and not self._is_known(hello):
             return f"this run is over: {self.finish.sentence}"
         return ""
 
+    def _is_known(self, hello: Hello) -> bool:
+        """Whether this very process is or was a peer of the run, maybe of the broker before this one."""
+        here = any(session.instance == hello.instance for session in self.sessions.values())
+        return here or any(joined.instance == hello.instance for joined in self.scheduler.known.values())
+
     def _admit(self, control: bytes, hello: Hello, now: float) -> Iterator[Outgoing | Lost]:
+        if hello.index < 0:
+            quiet = [s for s in self.silent(now, 1.2) if s.role == hello.role and s.reachable]
+            yield from (Outgoing(session.control, self.orders(session)) for session in quiet)
+            if quiet:
+                return  # it asks again, and may have the index of one that cannot be reached
         index = hello.index if hello.index >= 0 else self._index_of(hello)
+        if index is None and any(peer not in self._by_peer for peer in self.scheduler.peers):
+            return  # one that was here before this broker may not come back: ask again
         if index is None:
             clients = self.config.schedule.clients
             yield Outgoing(control, Refused(sentence=f"all {clients} clients of this run are here", code=2))
@@ -107,11 +116,19 @@ class Router:
                 return
             yield self._lose(there, "its connection closed, and another process took its place")
             there = None
+        elif there is None:
+            yield from self._replace_absent(hello, index)
         if there is None:
             there = Session(self._new_token(), hello, index, control, now)
             self.sessions[there.token] = self._by_peer[there.peer] = there
         there.control, there.seen, there.reachable = control, now, True
         yield Outgoing(control, self._welcome(there.token, index))
+
+    def _replace_absent(self, hello: Hello, index: int) -> Iterator[Lost]:
+        """Say that a peer of the broker before this one is gone where another process has its index now."""
+        before = self.scheduler.peers.get((hello.role, index))
+        if before is not None and before.instance != hello.instance:
+            yield Lost(before.role, index, "another process took its place while the broker was away")
 
     def _challenge(self, there: Session, newcomer: bytes, instance: str) -> Iterator[Outgoing]:
         """Find out whether the process that has the newcomer's index still lives; the newcomer asks again meanwhile.
@@ -132,8 +149,12 @@ class Router:
         for session in self.sessions.values():
             if session.instance == hello.instance:
                 return session.index
-        limit = self.config.schedule.clients if hello.role == "client" else len(self.sessions) + 1
-        return next((i for i in range(limit) if (hello.role, i) not in self._by_peer), None)
+        dead = [s.index for s in self.sessions.values() if s.role == hello.role and not s.reachable]
+        if dead:
+            return min(dead)
+        taken = {index for role, index in (*self._by_peer, *self.scheduler.peers) if role == hello.role}
+        limit = self.config.schedule.clients if hello.role == "client" else len(taken) + 1
+        return next((i for i in range(limit) if i not in taken), None)
 
     def _welcome(self, token: str, index: int) -> Welcome:
         return Welcome(
@@ -162,8 +183,8 @@ class Router:
                 session.telemetry = message
                 session.losses += message.losses
                 return []
-            case Fault(sentence=sentence):
-                return [self._lose(session, sentence)]
+            case Fault(sentence=sentence, fatal=fatal):
+                return [self._lose(session, sentence, fatal)]
             case Bye():
                 return [self._lose(session, "it left")]
 
@@ -176,7 +197,7 @@ class Router:
         if role == "monitor":
             return
         if beat.prepared is not None and session.peer not in self.scheduler.peers:
-            yield Joined(role, session.index, beat.prepared)
+            yield Joined(role, session.index, beat.prepared, session.instance)
         for held in beat.held:
             if held.state == "done" and held.step:
                 session.steps = held.step, held.step
@@ -222,23 +243,34 @@ class Router:
     def tick(self, now: float) -> list[Event]:
         """Return a `Lost` for each peer that was silent, or made no progress, for too long."""
         self._forgive_own_pause(now)
-        return [
+        lost = [
             self._lose(session, sentence)
             for session in list(self.sessions.values())
             if (sentence := self._overdue(session, now))
         ]
+        return [*lost, *self._absent(now, {(event.role, event.index) for event in lost})]
+
+    def _absent(self, now: float, lost: set[Peer]) -> Iterator[Lost]:
+        """Yield the peers of the broker before this one that have not come back within their lease."""
+        self._absent_since = now if self._absent_since is None else self._absent_since
+        if now - self._absent_since <= self.config.link.lease_seconds:
+            return
+        for joined in list(self.scheduler.peers.values()):
+            if (joined.role, joined.index) not in self._by_peer.keys() | lost:
+                yield Lost(joined.role, joined.index, "it has not come back since the broker was started again")
 
     def _forgive_own_pause(self, now: float) -> None:
         """A broker that was stopped itself has heard nobody: that is not the peers' fault."""
         if self._ticked is not None and now - self._ticked > 2 * self.config.link.beat_seconds:
+            self._absent_since = now
             for session in self.sessions.values():
                 session.seen = min(now, session.seen + now - self._ticked)
                 session.progressed = min(now, session.progressed + now - self._ticked)
         self._ticked = now
 
-    def silent(self, now: float) -> list[Session]:
-        """Return the sessions that missed two beats."""
-        return [s for s in self.sessions.values() if now - s.seen > 2.5 * self.config.link.beat_seconds]
+    def silent(self, now: float, beats: float = 2.5) -> list[Session]:
+        """Return the sessions that have not been heard for so many times the interval of their beats."""
+        return [s for s in self.sessions.values() if now - s.seen > beats * self.config.link.beat_seconds]
 
     def _overdue(self, session: Session, now: float) -> str:
         link = self.config.link
@@ -264,14 +296,14 @@ class Router:
             if session.control == control:
                 session.reachable = False
 
-    def _lose(self, session: Session, sentence: str) -> Lost:
+    def _lose(self, session: Session, sentence: str, fatal: bool = False) -> Lost:
         self.sessions.pop(session.token, None)
         self._by_peer.pop(session.peer, None)
         self.relay.detach(session)
         role = session.role
         if role == "monitor":
             raise AssertionError("monitors have no session")
-        return Lost(role, session.index, sentence)
+        return Lost(role, session.index, sentence, fatal)
 
 
 def refuse_protocol(theirs: int) -> str:

@@ -1,51 +1,34 @@
 """Who may do what, when: the run as a state machine. Events in, instructions out; no clock, no socket.
 
-    waiting ──all joined──▶ measuring ──▶ planning ──▶ initialising ──▶ training ◀──▶ merging
-       └───────── nothing to measure ──────────────────────▲               ▲             │ end of the round
-                                                                           └── next ── validating
-                                                                                         └──▶ testing ──▶ finished
+What is to be done when is in `course`; here is what the events change. Nothing depends on anything but the config and
+the events so far: replaying a journal gives the same scheduler, lease for lease.
 
-Storing, evaluating and planning anew run beside each other, and hold up the next round. Under `round_robin` only
-planning does: a round is stored and evaluated beside the turns of the next one, and recorded once both are done.
-Under `async` a round is as many results as there are clients: turns and merges go on beside each other, and beside the
-evaluation of the round before.
-Nothing here depends on anything but the config and the events so far: replaying a journal gives the same scheduler,
-lease for lease.
+Peers may be lost at any time. What they had under way is closed, what they held for others counts as not done, and the
+course opens it again: from the version on which it began, or, where that was lost as well, from the newest one on the
+broker's disk, to which the whole run goes back.
 """
 
-from collections.abc import Generator, Iterable, Iterator, Mapping
-from typing import Literal
+from collections.abc import Iterable, Iterator, Mapping
 
 import msgspec
 
 from zsplit.config import Config
 from zsplit.errors import StorageError
-from zsplit.wire.messages import (
-    Contribution,
-    Evaluate,
-    Group,
-    Init,
-    Job,
-    Lease,
-    Measure,
-    Merge,
-    Ref,
-    Share,
-    Turn,
-)
+from zsplit.wire.messages import Contribution, Evaluate, Init, Lease, Measure, Merge, Ref, Turn
+from zsplit_broker.course import Course
 from zsplit_broker.events import (
-    Announce,
-    Close,
+    Damaged,
     Discard,
     Done,
+    Draining,
     Entry,
     Event,
-    Finish,
+    Forsake,
     Grant,
     Instruction,
     Joined,
     Lost,
-    Open,
+    Missed,
     Planned,
     Ready,
     Started,
@@ -53,47 +36,296 @@ from zsplit_broker.events import (
     Store,
     Stored,
 )
-from zsplit_broker.policy import merges_after, participants, shares_back, stages_of
-from zsplit_broker.state import State
+from zsplit_broker.policy import segment_of, shares_back
+from zsplit_broker.state import Finished, Mark, evaluated_by
 from zsplit_broker.survey import measures
-from zsplit_broker.work import Work, client_of
+from zsplit_broker.work import ON_DISK, Peer, Work, client_of, peer_of, refs_in
 
 
-class Scheduler(State):
+class Scheduler(Course):
     """The run. `handle` takes one event at a time; everything else reads."""
 
     def handle(self, entry: Entry) -> list[Instruction]:
         """Take in one event and return what follows from it. One that no longer matters changes nothing."""
         self.now = entry.at
-        if self.phase == "finished":
+        if self.outcome is not None and (self.outcome.ok or not isinstance(entry.event, Started)):
             return []
         return list(self._follow(entry.event))
 
     def _follow(self, event: Event) -> Iterator[Instruction]:
         match event:
-            case Started(epoch=epoch):
-                self.epoch, self.number = epoch, 0
-            case Joined(role=role, index=index):
-                self.peers[role, index] = event
-                if self.phase == "waiting" and not self.missing():
-                    yield from self._begin()
+            case Started():
+                yield from self._take_up(event)
+            case Joined():
+                yield from self._join(event)
             case Lost():
                 yield from self._lose(event)
+            case Missed():
+                yield from self._miss(event)
             case Ready(lease=lease):
                 yield from self._ready(lease)
             case Done():
                 yield from self._done(event)
             case Stored(digest=digest):
                 yield from self._stored(digest)
+            case Damaged(digest=digest):
+                yield from self._damaged(digest)
             case Planned():
                 yield from self._planned(event)
+            case Draining(sentence=sentence):
+                yield from self._drain(sentence)
             case Stopped(sentence=sentence):
                 yield from self._finish(False, self.ended(sentence))
 
+    # Peers
+
+    def _join(self, event: Joined) -> Iterator[Instruction]:
+        peer = event.role, event.index
+        self.peers[peer] = self.known[peer] = event
+        self.gone.pop(peer, None)
+        if event.role == "client":
+            self.away.discard(event.index)
+        if self.assembled is None and self.servers() and len(self.clients) >= self.config.schedule.min_clients:
+            self.assembled = self.now
+        yield from self.proceed()
+
     def _lose(self, event: Lost) -> Iterator[Instruction]:
-        if self.peers.pop((event.role, event.index), None) is not None and self.phase != "waiting":
-            who = f"{event.role} {event.index}"
-            yield from self._finish(False, self.ended(f"{who} is gone: {event.sentence}"))
+        peer = event.role, event.index
+        if self.peers.pop(peer, None) is None or self.phase == "waiting":
+            return
+        if event.fatal:
+            yield from self._finish(False, self.ended(f"{event.role} {event.index} is gone: {event.sentence}"))
+            return
+        self.gone[peer] = self.now
+        yield from self._withdraw(peer)
+        yield from self.proceed()
+
+    def _withdraw(self, peer: Peer) -> Iterator[Instruction]:
+        """Close what a peer that is gone had under way, and count what it held for others as not done."""
+        yield from self._close_all(work for work in self.work.values() if takes_part(peer, work))
+        lost = {ref.digest for ref in self._refs() if peer_of(ref.holder) == peer}
+        yield from self._drop_contributions(lost)
+        versions = [*self.unsettled.values(), *self.storing.values()] + ([self.version] if self.version else [])
+        if any(ref.digest in lost and ref.digest not in self.stored for ref in versions):
+            yield from self._roll_back()
+        elif self.version is not None and self.version.digest in lost:
+            self.version = Ref(digest=self.version.digest, holder=ON_DISK)
+        self.unsettled = {r: self._where(ref, lost) for r, ref in self.unsettled.items()}
+
+    def _where(self, ref: Ref, lost: set[str]) -> Ref:
+        return Ref(digest=ref.digest, holder=ON_DISK) if ref.digest in lost else ref
+
+    def _refs(self) -> Iterator[Ref]:
+        """Yield the states that somebody holds for the run."""
+        for contribution in (*self.contributions.values(), *self.arrivals.contributions):
+            yield from refs_in(contribution)
+        yield from self.storing.values()
+        yield from self.unsettled.values()
+        if self.version is not None:
+            yield self.version
+
+    def _close_all(self, works: Iterable[Work]) -> Iterator[Instruction]:
+        """Close these jobs; with a turn that shares its back all others that do, of which none is done without it."""
+        jobs = [work.job for work in works]
+        groups = {job.group.number for job in jobs if isinstance(job, Turn) and job.group is not None}
+        for lease, work in list(self.work.items()):
+            group = work.job.group if isinstance(work.job, Turn) else None
+            if work.job in jobs or (group is not None and group.number in groups):
+                yield self._close(lease)
+        if groups:
+            self.contributions, self.finished = {}, {}
+
+    def _drop_contributions(self, lost: set[str]) -> Iterator[Instruction]:
+        """Have the turns done again whose contributions are lost; where they have one back, all of its turns."""
+        yield from self._close_all(
+            work
+            for work in self.work.values()
+            if isinstance(work.job, Merge | Turn) and any(ref.digest in lost for ref in needed_only_from_peers(work))
+        )
+        if self.is_async:
+            for contribution in self.arrivals.contributions:
+                if any(ref.digest in lost for ref in refs_in(contribution)):
+                    self.arrivals.again(contribution.client)
+                    self.finished.pop(contribution.client, None)
+            return
+        gone = [client for client, c in self.contributions.items() if any(ref.digest in lost for ref in refs_in(c))]
+        if not gone:
+            return
+        if self.config.schedule.server_model != "replica":
+            yield from self._replay_segment()
+            return
+        for client in gone:
+            del self.contributions[client], self.finished[client]
+        yield from self._close_all(work for work in self.work.values() if isinstance(work.job, Merge))
+        self._begin_stage(self.stage)
+
+    def _replay_segment(self) -> Iterator[Instruction]:
+        """Do all turns since the last merge again: they have one back."""
+        yield from self._close_all(work for work in self.work.values() if isinstance(work.job, Turn | Merge))
+        self.contributions, self.finished = {}, {}
+        self._begin_stage(segment_of(self.config, self.stages, self.stage))
+
+    # Going back
+
+    def _roll_back(self) -> Iterator[Instruction]:
+        """Go back to the newest version on the disk before which nothing is missing; without one to the beginning."""
+        digest = next((each for each in reversed(self.stored) if self._is_whole(self.marks[each])), None)
+        mark = self.marks[digest] if digest is not None else Mark(0)
+        yield from self._close_all(work for work in self.work.values() if self._is_after(mark, work))
+        yield from (Forsake(each) for each in self.archive.forsake())
+        for newer in self.stored[self.stored.index(digest) + 1 :] if digest is not None else []:
+            self.archive.remove(newer)
+            yield Discard(newer)
+        self.marks = {each: self.marks[each] for each in self.stored}
+        self._forget_since(mark)
+        self.version = Ref(digest=digest, holder=ON_DISK) if digest is not None else None
+        if digest is None:
+            self.phase = "measuring" if measures(self.config) and not self.surveyed else "initialising"
+        elif mark.stages:
+            self._begin_stage(mark.stage)
+        else:
+            self.phase = "validating"
+
+    def _is_whole(self, mark: Mark) -> bool:
+        """Whether all versions before it that are still needed are on the disk."""
+        return all(ref.digest in self.stored for round_, ref in self.unsettled.items() if round_ < mark.round)
+
+    def _is_after(self, mark: Mark, work: Work) -> bool:
+        """Whether a job is none that still counts when training stands there again."""
+        match work.job:
+            case Evaluate(part="validation", round=round_):
+                return round_ >= mark.round
+            case Measure():
+                return False
+            case _:
+                return True
+
+    def _forget_since(self, mark: Mark) -> None:
+        """Forget what came after this."""
+        self.contributions, self.finished = {}, {}
+        self.round, self.stage, self.stages = mark.round, mark.stage, list(mark.stages)
+        self.missed, self.moved = set(mark.missed), set(mark.moved)
+        self.books.go_back(mark.round, mark.book)
+        self.books.tests = {}
+        self.evaluated = {each for each in self.evaluated if each.part == "validation" and each.round < mark.round}
+        self.unsettled = {
+            round_: Ref(digest=ref.digest, holder=ON_DISK)
+            for round_, ref in self.unsettled.items()
+            if round_ < mark.round
+        }
+        self.history = [record for record in self.history if record.round < mark.round]
+        if self.is_async and mark.results is not None:
+            self.arrivals.go_back(mark.results)
+        elif self.is_async:
+            self.arrivals = type(self.arrivals)(self.config.schedule)
+
+    def _take_up(self, event: Started) -> Iterator[Instruction]:
+        """A broker takes the run up: go on where it was; where it had ended early, with whoever joins from now on."""
+        self.epoch, self.number, self.ports = event.epoch, 0, event.ports
+        self.assembled, self.draining = None, ""
+        if self.outcome is not None:
+            self.outcome = None
+            self.gone |= dict.fromkeys(self.peers, self.now)
+            self.peers.clear()
+            if self.began is None:
+                self.phase = "waiting"
+            else:
+                self.plans.deciding = None
+                yield from self._roll_back()
+            return
+        yield from (Store(ref) for ref in self.storing.values())
+        if self.plans.deciding is not None:
+            yield self.plans.deciding
+
+    def _damaged(self, digest: str) -> Iterator[Instruction]:
+        """Go on without a version that was stored: where it is needed, from the one before it."""
+        if digest not in self.stored:
+            return
+        self.archive.remove(digest)
+        needed = [ref for ref in (self.version, *self.unsettled.values()) if ref is not None and ref.digest == digest]
+        yield Discard(digest)
+        if any(ref.holder == ON_DISK for ref in needed):
+            yield from self._roll_back()
+        elif needed:
+            self.archive.store(needed[0])  # somebody has it still
+            yield Store(needed[0])
+        yield from self.proceed()
+
+    # Going on without a client
+
+    def overdue(self, now: float) -> Missed | None:
+        """Return the client that was waited for long enough, and without which the run can go on; None: nobody."""
+        schedule = self.config.schedule
+        if self.assembled is None or self.phase in ("waiting", "finished"):
+            return None
+        training = self.phase == "training"
+        if not (training and not self.is_async and self._is_open(Turn)):
+            for client in self.awaited():
+                since = max(self.gone.get(("client", client), self.assembled), self.assembled)
+                if now - since >= schedule.rejoin_timeout and self._can_spare(client):
+                    waited = f"{schedule.rejoin_timeout:g} s (schedule.rejoin_timeout)"
+                    return Missed(client, f"client {client} did not come back within {waited}")
+        if training and not self.is_async and schedule.round_timeout and self._is_late(now):
+            for client in sorted(self._stragglers()):
+                if self._can_spare(client):
+                    allowed = f"{schedule.round_timeout:g} s (schedule.round_timeout)"
+                    return Missed(client, f"client {client} did not finish within {allowed}")
+        return None
+
+    def _is_late(self, now: float) -> bool:
+        """Whether the time for a round is up; where clients take turns, each turn has as much."""
+        alone = self.config.schedule.policy == "round_robin"
+        began = self.stage_began if alone else self.books.rounds[self.round].began
+        return now - max(began, self.assembled or 0.0) >= self.config.schedule.round_timeout
+
+    def _stragglers(self) -> set[int]:
+        """Return the clients whose turn is open and not done, or due while they are not here."""
+        turns = [work for work in self.work.values() if isinstance(work.job, Turn) and "client" not in work.done]
+        absent = {s.client for s in self.shares_due() if ("client", s.client) not in self.peers}
+        return {turn.job.client for turn in turns if isinstance(turn.job, Turn)} | absent
+
+    def _can_spare(self, client: int) -> bool:
+        """Whether what waits for this client can go on without it."""
+        least = self.config.schedule.min_clients
+        if self.phase != "training" or self.is_async:
+            others = set(range(self.config.schedule.clients)) - self.away - {client}
+            return self.phase not in ("measuring", "training") or len(others) >= least
+        if client not in {share.client for share in self.stages[self.stage]}:
+            return True  # it is waited for with an evaluation only
+        if self._later_turns(client):
+            return True
+        if self.config.schedule.clients_per_round:  # all that were drawn may be gone, and be drawn no more
+            return len([other for other in self.clients if other != client]) >= least
+        stragglers = self._stragglers()
+        return len([other for other in self.crowd() if other != client and other not in stragglers]) >= least
+
+    def _later_turns(self, client: int) -> bool:
+        """Whether somebody else can take the turn of this client, which comes later in the round."""
+        alone = self.config.schedule.policy == "round_robin"
+        return alone and client not in self.moved and self.stage + 1 < len(self.stages)
+
+    def _miss(self, event: Missed) -> Iterator[Instruction]:
+        client = event.client
+        if self.phase in ("waiting", "finished"):
+            return
+        late = {share.client for share in self.shares_due()} | self._stragglers()
+        if self.phase == "training" and not self.is_async and client in late:
+            works = [work for work in self.work.values() if isinstance(work.job, Turn) and work.job.client == client]
+            yield from self._close_all(works)
+            if self._later_turns(client):
+                self.moved.add(client)
+                self.stages = [*self.stages[: self.stage], *self.stages[self.stage + 1 :], self.stages[self.stage]]
+                self._begin_stage(self.stage)
+                yield from self.proceed()
+                return
+            self.missed.add(client)
+            if shares_back(self.config):
+                yield from self._replay_segment()
+        if ("client", client) not in self.peers:
+            self.away.add(client)
+        yield from self.proceed()
+
+    # Jobs
 
     def _ready(self, lease: Lease) -> Iterator[Instruction]:
         work = self.work.get(lease)
@@ -107,282 +339,37 @@ class Scheduler(State):
         if work is None or event.side in work.done:
             return
         work.done[event.side] = event
-        if work.complete:
-            del self.work[event.lease]
-            wrong = self._collect(work)
-            yield Close(work.job)
-            if wrong:
-                yield from self._finish(False, self.ended(wrong))
-            else:
-                yield from self._go_on()
-
-    def _stored(self, digest: str) -> Iterator[Instruction]:
-        if digest in self.storing:
-            yield from (Discard(other) for other in self.archive.written(digest))
-            yield from self._go_on()
-
-    def _planned(self, event: Planned) -> Iterator[Instruction]:
-        """Take plans in. Those that nobody asked for are an earlier run's, and come before this one begins."""
-        asked = self.plans.deciding is not None
-        if asked or self.phase == "waiting":
-            self.plans.take(event, self.round)
-        if asked:
-            yield from self._go_on()
-
-    def _go_on(self) -> Iterator[Instruction]:
-        """Something is over: settle the rounds that waited for it, and go on where nothing else is open."""
-        yield from self._settle()
-        if self.is_async and self.phase == "training":
-            yield from self._mix()
-        elif all(work.beside for work in self.work.values()):
-            yield from self._advance()
-
-    # From phase to phase: called when no lease is open that others wait for
-
-    def _begin(self) -> Iterator[Instruction]:
-        self.began = self.now
-        if measures(self.config):
-            yield from self._measure()
-        else:
-            yield from self._initialise()
-
-    def _measure(self) -> Iterator[Instruction]:
-        self.phase = "measuring"
-        for server, client in self.survey.due(self.servers()):
-            yield self._open(Measure(lease=self._lease(), server=server, client=client))
-        if not self.work:
-            yield from self._plan()
-
-    def _plan(self) -> Iterator[Instruction]:
-        self.phase = "planning"
-        steps = {client: self.steps(client) for client in range(self.config.schedule.clients)}
-        yield self.plans.ask(self.survey, self.round, steps)
-
-    def _initialise(self) -> Iterator[Instruction]:
-        self.phase = "initialising"
-        yield self._open(Init(lease=self._lease(), server=self.least_loaded()))
-
-    def _advance(self) -> Iterator[Instruction]:
-        match self.phase:
-            case "measuring":
-                yield from self._measure()
-            case "planning":
-                yield from self._initialise()
-            case "initialising" if self.stored:
-                yield from self._start_round()
-            case "initialising" if not self.storing:
-                yield self._store()
-            case "training" if merges_after(self.config, self.stages, self.stage):
-                yield from self._merge()
-            case "training":
-                self.stage += 1
-                yield from self._train()
-            case "merging" if self.stage + 1 < len(self.stages):
-                self.stage += 1
-                if self.config.run.commit_every and self.stage % self.config.run.commit_every == 0:
-                    yield self._store()
-                yield from self._train()
-            case "merging":
-                yield from self._end_round()
-            case "validating" if self._may_begin():
-                yield from self._start_round()
-            case "validating" if self.trained and not self.unsettled:
-                yield from self._test()
-            case "testing":
-                yield from self._finish(True, "the run is finished")
-            case _:
-                pass  # what is waited for comes back as an event
-
-    def _may_begin(self) -> bool:
-        """Whether the next round can begin: under round-robin, with the one before still being evaluated."""
-        beside = 1 if self.config.schedule.policy == "round_robin" else 0
-        return not self.trained and self.plans.deciding is None and len(self.unsettled) <= beside
-
-    def _start_round(self) -> Iterator[Instruction]:
-        self.books.begin(self.round, self.now)
-        self.plans.use(self.round)
-        if self.is_async:
-            self.phase = "training"
-            yield from self._mix()
+        if not work.complete:
             return
-        clients = participants(self.config, self.round)
-        self.stages = stages_of(self.config, self.round, {c: self.steps(c) for c in clients})
-        self.stage = 0
-        yield from self._train()
-
-    def _train(self) -> Iterator[Instruction]:
-        self.phase = "training"
-        stage = self.stages[self.stage]
-        group = Group(number=self.number + 1, shares=stage) if shares_back(self.config) else None
-        together = self.least_loaded()
-        for share in stage:
-            server = self.least_loaded() if group is None else together
-            yield self._open(self._turn(share, server, self.round, group))
-
-    def _turn(self, share: Share, server: int, round_: int, group: Group | None = None) -> Turn:
-        backs = [c.back for c in self.contributions.values() if c.back is not None]
-        return Turn(
-            lease=self._lease(),
-            client=share.client,
-            server=server,
-            base=self.base(),
-            plan=self.plan_of(share.client),
-            round=round_,
-            first=share.first,
-            count=share.steps,
-            threads=(self.threads_of("client", share.client), self.threads_of("server", server)),
-            epoch_steps=self.epoch_steps(share.client),
-            back=backs[-1] if backs and group is None and not self.is_async else None,
-            group=group,
-        )
-
-    def _merge(self) -> Iterator[Instruction]:
-        self.phase = "merging"
-        inputs = tuple(self.contributions[client] for client in sorted(self.contributions))
-        yield self._open(self._merger(inputs))
-
-    def _merger(self, inputs: tuple[Contribution, ...], share: float = 1.0) -> Merge:
-        back = next(c.back for c in inputs if c.back is not None)
-        server = int(back.holder.removeprefix("server."))
-        lease = self._lease()
-        return Merge(lease=lease, server=server, base=self.base(), round=self.round, inputs=inputs, share=share)
-
-    def _mix(self) -> Iterator[Instruction]:
-        """Under `async`: mix in what came, one result after the other, and let who is free begin again."""
-        yield from self._end_arrivals()
-        merging = any(isinstance(work.job, Merge) for work in self.work.values())
-        while self.phase == "training" and not merging and self.arrivals.next is not None:
-            contribution, share = self.arrivals.next
-            if share:
-                yield self._open(self._merger((contribution,), share))
-                merging = True
-            else:
-                self.arrivals.discard()
-                yield from self._end_arrivals()
-        if self.phase == "training" and len(self.unsettled) <= 1:
-            yield from self._begin_turns()
-
-    def _begin_turns(self) -> Iterator[Instruction]:
-        busy = {client_of(work.job) for work in self.work.values() if isinstance(work.job, Turn)}
-        for client in range(self.config.schedule.clients):
-            begun = self.arrivals.turns.get(client, -1) + 1
-            if client not in busy and not self.arrivals.waits(client) and begun < self.config.run.rounds:
-                share = Share(client, 0, self.steps(client))
-                turn = self._turn(share, self.least_loaded(), self.arrivals.begin(client))
-                self.bases[turn.lease] = self.arrivals.versions
-                yield self._open(turn)
-
-    def _end_arrivals(self) -> Iterator[Instruction]:
-        """End a round of results where as many came as there are clients; turns go on beside that."""
-        if self.arrivals.count < (self.round + 1) * self.config.schedule.clients:
-            return
-        ended, version = yield from self._close_round()
-        if self.trained:
-            self.phase = "validating"
-            yield from self._drop_turns()
+        base = self.bases.pop(event.lease, 0)
+        yield self._close(event.lease)
+        wrong = self._collect(work, base)
+        if wrong:
+            yield from self._finish(False, self.ended(wrong))
         else:
-            self.books.begin(self.round, self.now)
-            self.plans.use(self.round)
-        yield from self._validate(ended, version)
+            yield from self.proceed()
 
-    def _drop_turns(self) -> Iterator[Instruction]:
-        """End the turns that nobody waits for any more (early stopping)."""
-        for lease, work in list(self.work.items()):
-            if isinstance(work.job, Turn):
-                del self.work[lease]
-                yield Close(work.job)
-
-    def _end_round(self) -> Iterator[Instruction]:
-        """End the round's training: store the version, evaluate it where due, plan anew where something moved.
-
-        The turn that can begin beside that comes first, so that the least loaded server is its.
-        """
-        self.phase = "validating"
-        ended, version = yield from self._close_round()
-        if self._may_begin():
-            yield from self._start_round()
-        yield from self._validate(ended, version)
-
-    def _close_round(self) -> Generator[Instruction, None, tuple[int, Ref]]:
-        """The round's training is over: store its version, and plan anew. Return the round's number and version."""
-        ended, version = self.round, self.base()
-        self.books.trained(ended, self.now)
-        self.unsettled[ended] = version
-        self.round += 1
-        yield self._store()
-        if not self.trained and self.plans.deciding is None:
-            asked = self.plans.reconsider(self.round, self.books.rounds[ended])
-            if asked:
-                yield asked
-        return ended, version
-
-    def _validate(self, round_: int, version: Ref) -> Iterator[Instruction]:
-        every = self.config.run.eval_every
-        if every and (round_ + 1) % every == 0:
-            yield from self._evaluate("validation", round_, version, self.config.codec.eval)
-
-    def _settle(self) -> Iterator[Instruction]:
-        """Record the rounds whose version is stored and evaluated, in order."""
-        evaluated = {w.job.round for w in self.work.values() if isinstance(w.job, Evaluate)}
-        for round_, version in list(self.unsettled.items()):
-            if version.digest in self.storing or round_ in evaluated:
-                return
-            del self.unsettled[round_]
-            self.history.append(self.books.end(round_, version.digest, self.now))
-            yield Announce(round_)
-
-    def _test(self) -> Iterator[Instruction]:
-        self.phase = "testing"
-        yield from self._evaluate("test", self.round, self.base(), self.config.codec.eval)
-        if self.lossy:
-            yield from self._evaluate("test", self.round, self.base(), not self.config.codec.eval)
-        if not self.work:
-            yield from self._advance()
-
-    def _evaluate(
-        self, part: Literal["validation", "test"], round_: int, version: Ref, through: bool
-    ) -> Iterator[Instruction]:
-        """Have a version evaluated, smashed data going `through` their codec or raw."""
-        for client in range(self.config.schedule.clients):
-            if getattr(self.peers["client", client].prepared, part):
-                yield self._open(
-                    Evaluate(
-                        lease=self._lease(),
-                        client=client,
-                        server=self.least_loaded(),
-                        base=version,
-                        plan=self.evaluation_plan(client, through),
-                        round=round_,
-                        part=part,
-                    )
-                )
-
-    def _finish(self, ok: bool, sentence: str) -> Iterator[Instruction]:
-        self.phase = "finished"
-        self.outcome = Finish(ok, sentence)
-        for work in self.work.values():
-            yield Close(work.job)
-        self.work.clear()
-        yield self.outcome
-
-    # Parts of the above
-
-    def _collect(self, work: Work) -> str:
+    def _collect(self, work: Work, base: int) -> str:
         """Keep what a finished job leaves: measurements, a contribution, a version, figures. Return what is wrong."""
-        done = work.done
-        self.books.closed(work.job, self.now, work.tally("client"), work.tally("server"), self.round)
+        done, client, server = work.done, work.tally("client"), work.tally("server")
         match work.job:
-            case Measure(client=client):
-                return self.survey.take(work.job, done["client" if client >= 0 else "server"])
+            case Measure(client=measured):
+                return self.survey.take(work.job, done["client" if measured >= 0 else "server"])
             case Turn():
-                self._keep(work.job, self._contribution(work.job, done))
-            case Init(server=server) | Merge(server=server):
-                if isinstance(work.job, Merge) and self.is_async:
-                    self.arrivals.mixed()
+                self.finished[work.job.client] = Finished(work.job, client, server)
+                self._keep(self._contribution(work.job, done), base)
+            case Init(server=index) | Merge(server=index):
+                if isinstance(work.job, Merge):
+                    for contribution in work.job.inputs:
+                        self._count_turn(contribution.client)
+                    self.books.count(work.job, client, server, self.round)
+                    if self.is_async:
+                        self.arrivals.mixed()
                 self.contributions = {}
-                self.version = Ref(digest=done["server"].digest, holder=f"server.{server}")
+                self.version = Ref(digest=done["server"].digest, holder=f"server.{index}")
             case Evaluate():
-                pass  # it leaves figures only
+                self.evaluated.add(evaluated_by(work.job))
+                self.books.count(work.job, client, server, self.round)
         return ""
 
     def _contribution(self, turn: Turn, done: Mapping[str, Done]) -> Contribution:
@@ -394,28 +381,57 @@ class Scheduler(State):
             back=Ref(digest=done["server"].digest, holder=f"server.{turn.server}"),
         )
 
-    def _keep(self, turn: Turn, contribution: Contribution) -> None:
+    def _keep(self, contribution: Contribution, base: int) -> None:
         """Keep a contribution until it is merged. Where all have one back, the latest is everybody's."""
         if self.is_async:
-            self.arrivals.take(contribution, self.bases.pop(turn.lease))
+            self.arrivals.take(contribution, base)
             return
         if self.config.schedule.server_model != "replica":
             fronts = self.contributions.items()
             self.contributions = {client: msgspec.structs.replace(each, back=None) for client, each in fronts}
-        self.contributions[turn.client] = contribution
+        self.contributions[contribution.client] = contribution
 
-    def _store(self) -> Store:
-        self.archive.store(self.base())
-        return Store(self.base())
+    # Versions and plans
 
-    def _open(self, job: Job) -> Open:
-        self.work[job.lease] = Work(job)
-        self.books.opened(job, self.now)
-        return Open(job)
+    def _stored(self, digest: str) -> Iterator[Instruction]:
+        if digest in self.storing:
+            for other in self.archive.written(digest, {ref.digest for ref in self.unsettled.values()}):
+                self.marks.pop(other, None)
+                yield Discard(other)
+            yield from self.proceed()
 
-    def _lease(self) -> Lease:
-        self.number += 1
-        return Lease(self.epoch, self.number)
+    def _planned(self, event: Planned) -> Iterator[Instruction]:
+        """Take plans in. Those that nobody asked for are an earlier run's, and come before this one begins."""
+        asked = self.plans.deciding is not None
+        if asked or self.phase == "waiting":
+            self.plans.take(event, self.round)
+        if asked:
+            yield from self.proceed()
+
+    def _drain(self, sentence: str) -> Iterator[Instruction]:
+        """End the run after the round under way; at once where none is."""
+        self.draining = sentence
+        if self.phase in ("waiting", "measuring", "planning", "initialising"):
+            yield from self._finish(False, self.ended(sentence))
+        else:
+            yield from self.proceed()
+
+
+def takes_part(peer: Peer, work: Work) -> bool:
+    """Whether a peer is one of the job's two."""
+    role, index = peer
+    return index == (work.job.server if role == "server" else client_of(work.job))
+
+
+def needed_only_from_peers(work: Work) -> list[Ref]:
+    """Return the states of a job that no disk has: fronts and backs that turns left."""
+    match work.job:
+        case Turn(back=back):
+            return [back] if back is not None else []
+        case Merge(inputs=inputs):
+            return [ref for contribution in inputs for ref in refs_in(contribution)]
+        case _:
+            return []
 
 
 def restore(config: Config, lines: Iterable[bytes]) -> Scheduler:

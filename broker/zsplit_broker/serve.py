@@ -10,14 +10,10 @@ from tempfile import TemporaryDirectory
 from threading import Thread
 
 import msgspec
-import zmq
 
 from zsplit.config import Config, load_config
-from zsplit.errors import ConfigError, RemoteProtocolError
+from zsplit.errors import ConfigError
 from zsplit.memory import keep_freed
-from zsplit.wire.frames import CHUNK, encode
-from zsplit.wire.messages import Chunk, DataMessage, Pull
-from zsplit.wire.transfer import MANIFEST
 from zsplit_broker.events import Finish
 from zsplit_broker.journal import Journal
 from zsplit_broker.loop import Broker
@@ -25,37 +21,16 @@ from zsplit_broker.process import stop_at_end_of_input
 from zsplit_broker.record import SUMMARY
 from zsplit_broker.serving import Serving
 from zsplit_broker.sockets import Sockets, bound
-from zsplit_broker.versions import SUFFIX, Versions
+from zsplit_broker.versions import SUFFIX
 
 
 class ServingBroker(Broker):
     """A broker that holds a version itself: it answers pulls of it, and writes nothing at the end."""
 
-    def _receive(self, message: DataMessage, frames: list[zmq.Frame]) -> None:  # noqa: ARG002  (a pull has none)
-        if not isinstance(message, Pull):
-            return
-        to = self.router.relay.data_of(message.origin)
-        data = read_version(self.versions, message)
-        if to is not None:
-            answer = Chunk(
-                self.run, "", message.lease, message.origin, message.digest, message.offset, len(data), message.what
-            )
-            self._forward(to, encode(answer), [zmq.Frame(data)] if data else [])
-
     def _export(self) -> Finish:
         if self.scheduler.outcome is None:
             raise AssertionError("nothing has ended")
         return self.scheduler.outcome
-
-
-def read_version(versions: Versions, pull: Pull) -> bytes:
-    """Return the bytes that a pull asks for; none where the version has no such bytes."""
-    if pull.offset == MANIFEST:
-        return versions.manifest(pull.digest).encode()
-    try:
-        return versions.read(pull.digest, pull.offset, min(pull.length, CHUNK))
-    except RemoteProtocolError:
-        return b""
 
 
 def load_served(run: Path, overrides: tuple[str, ...]) -> tuple[Config, Path]:

@@ -26,11 +26,11 @@ class Serving(Scheduler):
             case Started(epoch=epoch):
                 self.epoch, self.number = epoch, 0
             case Joined(role=role, index=index):
-                self.peers[role, index] = event
+                self.peers[role, index] = self.known[role, index] = event
                 yield from self._admit()
             case Lost(role=role, index=index):
                 self.peers.pop((role, index), None)
-                yield from self._close(role, index)
+                yield from self._end_jobs(role, index)
                 yield from self._admit()
             case Ready(lease=lease):
                 yield from self._ready(lease)
@@ -48,7 +48,7 @@ class Serving(Scheduler):
             plan = self.evaluation_plan(client, self.config.codec.eval)
             yield self._open(Predict(lease=self._lease(), client=client, server=server, base=base, plan=plan))
 
-    def _close(self, role: str, index: int) -> Iterator[Instruction]:
+    def _end_jobs(self, role: str, index: int) -> Iterator[Instruction]:
         """End the jobs of a peer that is gone."""
         for lease, work in list(self.work.items()):
             if self._takes_part(role, index, work):

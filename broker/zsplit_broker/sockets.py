@@ -29,14 +29,15 @@ class Sockets(NamedTuple):
 
 
 @contextmanager
-def bound(config: Config) -> Iterator[Sockets]:
+def bound(config: Config, before: tuple[int, int, int] = (0, 0, 0)) -> Iterator[Sockets]:
     """Bind the sockets as the config says, and close them at the end; what is queued has a second to leave.
 
-    Raises ConfigError where a port is taken or the address is not this machine's.
+    Where it leaves the ports open, those that the run had `before`, so that its peers find it. Raises ConfigError where
+    a port is taken or the address is not this machine's.
     """
-    host, port = config.broker.host, config.broker.port
-    data_port = config.broker.data_port or (port and port + 1)
-    events_port = config.broker.events_port or (port and port + 2)
+    host, port = config.broker.host, config.broker.port or before[0]
+    data_port = config.broker.data_port or (config.broker.port and port + 1) or before[1]
+    events_port = config.broker.events_port or (config.broker.port and port + 2) or before[2]
     context: zmq.Context[Socket] = zmq.Context()
     try:
         control = _router(context, host, MAX_CONTROL)

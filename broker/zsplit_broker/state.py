@@ -1,21 +1,22 @@
 """What the broker knows of its run: read here, changed by `scheduler` alone. No clock, no socket."""
 
-from typing import Literal
+from collections.abc import Iterator
+from typing import Literal, NamedTuple
 
 import msgspec
 
 from zsplit.config import Config
 from zsplit.spec import parse
-from zsplit.wire.messages import Contribution, Job, Lease, Plan, Ref, Tally, Turn
+from zsplit.wire.messages import Contribution, Evaluate, Job, Lease, Plan, Prepared, Ref, Share, Tally, Turn
 from zsplit_broker.archive import Archive
-from zsplit_broker.arrivals import Arrivals
-from zsplit_broker.books import Books, RoundRecord
+from zsplit_broker.arrivals import Arrivals, Results
+from zsplit_broker.books import Books, RoundBook, RoundRecord
 from zsplit_broker.events import Finish, Joined
 from zsplit_broker.plans import Plans
 from zsplit_broker.policy import Stage
 from zsplit_broker.survey import Survey
 from zsplit_broker.tally import NOTHING
-from zsplit_broker.work import Peer, Work, client_of, refs_in, refs_of
+from zsplit_broker.work import ON_DISK, Peer, Work, client_of, peer_of, refs_in, refs_of
 
 Phase = Literal[
     "waiting",
@@ -31,24 +32,75 @@ Phase = Literal[
 ]
 
 
+class Mark(NamedTuple):
+    """Where training stood when a version was made: what there is to go on with if nothing later is left.
+
+    `stage` is the next one of the round's `stages`, 0 with none of them before the round. `book` is what was written
+    down of the round so far, `results` what `Arrivals.mark` says.
+    """
+
+    round: int
+    stage: int = 0
+    stages: tuple[Stage, ...] = ()
+    missed: frozenset[int] = frozenset()
+    moved: frozenset[int] = frozenset()
+    book: RoundBook | None = None
+    results: Results | None = None
+
+
+class Finished(NamedTuple):
+    """A turn that both sides have done and that is not merged yet: it counts when it is."""
+
+    turn: Turn
+    client: Tally
+    server: Tally
+
+
+class Evaluated(NamedTuple):
+    """An evaluation: of which round's version, on whose data, through which codec."""
+
+    part: Literal["validation", "test"]
+    round: int
+    up: str
+    client: int
+
+
 class State:
-    """A run as it is now. `check` asserts what must always hold."""
+    """A run as it is now. `check` asserts what must always hold.
+
+    `peers` are here, `known` those that ever were, `gone` those that were lost, with the time. The run goes on without
+    the clients that are `away` until they come back, and without `missed` until the round is over; `moved` have been
+    given a later turn in it.
+    """
 
     def __init__(self, config: Config) -> None:
         self.config = config
         self.phase: Phase = "waiting"
         self.outcome: Finish | None = None
         self.peers: dict[Peer, Joined] = {}
+        self.known: dict[Peer, Joined] = {}
+        self.gone: dict[Peer, float] = {}
+        self.away: set[int] = set()
+        self.missed: set[int] = set()
+        self.moved: set[int] = set()
+        self.assembled: float | None = None
+        self.draining = ""
+        self.ports = (0, 0, 0)
         self.epoch = 0
         self.number = 0
         self.work: dict[Lease, Work] = {}
         self.survey = Survey(config)
-        self.plans = Plans(config, self.peers)
+        self.plans = Plans(config, self.known)
+        self.surveyed = False
         self.round = 0
         self.stages: list[Stage] = []
         self.stage = 0
         self.version: Ref | None = None
         self.contributions: dict[int, Contribution] = {}
+        self.finished: dict[int, Finished] = {}
+        self.evaluated: set[Evaluated] = set()
+        self.marks: dict[str, Mark] = {}
+        self.stage_began = 0.0
         self.arrivals = Arrivals(config.schedule)
         self.bases: dict[Lease, int] = {}
         self.archive = Archive()
@@ -74,7 +126,7 @@ class State:
         name = f"{peer[0]}.{peer[1]}"
         refs = [ref for c in (*self.contributions.values(), *self.arrivals.contributions) for ref in refs_in(c)]
         refs += [*self.storing.values(), *self.unsettled.values()]
-        refs += [ref for work in self.work.values() if isinstance(work.job, Turn) for ref in refs_of(work.job)]
+        refs += [ref for work in self.work.values() for ref in refs_of(work.job)]
         if self.version is not None:
             refs.append(self.version)
         return list(dict.fromkeys(ref.digest for ref in refs if ref.holder == name))
@@ -125,9 +177,77 @@ class State:
         """The time since everybody had joined, up to the last event."""
         return self.now - self.began if self.began is not None else 0.0
 
+    @property
+    def clients(self) -> list[int]:
+        """The indexes of the clients that are here."""
+        return sorted(index for role, index in self.peers if role == "client")
+
+    def crowd(self) -> list[int]:
+        """Return the clients of the round under way, those that it goes on without excepted."""
+        return sorted({share.client for stage in self.stages for share in stage} - self.missed)
+
+    def shares_due(self) -> list[Share]:
+        """Return the turns of the stage under way that are neither done nor open."""
+        if self.phase != "training" or self.is_async or not self.stages:
+            return []
+        busy = {work.job.client for work in self.work.values() if isinstance(work.job, Turn)}
+        done = busy | self.contributions.keys() | self.missed
+        return [share for share in self.stages[self.stage] if share.client not in done]
+
+    def evaluations_due(self) -> Iterator[tuple[Evaluated, Ref]]:
+        """Yield the evaluations that are neither done nor open, with their versions, in the order of the rounds."""
+        every, passes = self.config.run.eval_every, [self.config.codec.eval]
+        wanted: list[tuple[Literal["validation", "test"], int, Ref]] = [
+            ("validation", round_, version)
+            for round_, version in self.unsettled.items()
+            if every and (round_ + 1) % every == 0
+        ]
+        if self.phase == "testing":
+            wanted.append(("test", self.round, self.base()))
+            passes += [not self.config.codec.eval] if self.lossy else []
+        busy = {evaluated_by(work.job) for work in self.work.values() if isinstance(work.job, Evaluate)}
+        for part, round_, version in wanted:
+            for through in passes if part == "test" else passes[:1]:
+                for client in range(self.config.schedule.clients):
+                    if client in self.away or not getattr(self.prepared("client", client), part):
+                        continue
+                    each = Evaluated(part, round_, self.evaluation_plan(client, through).up, client)
+                    if each not in busy and each not in self.evaluated:
+                        yield each, version
+
+    def awaited(self) -> list[int]:
+        """Return the clients that have something to do and are not here."""
+        due = {share.client for share in self.shares_due()}
+        due |= {each.client for each, _ in self.evaluations_due()}
+        if self.phase == "measuring":
+            due |= {client for _, client in self.survey.due(self.servers(), self.away) if client >= 0}
+        if self.is_async and self.phase == "training":
+            due |= set(range(self.config.schedule.clients)) - self.away
+        return sorted(client for client in due if ("client", client) not in self.peers)
+
+    def waits_for(self) -> str:
+        """Say who or what is missing where the run cannot go on, or nothing."""
+        if self.phase in ("waiting", "finished", "serving"):
+            return ""
+        names = [f"client {client}" for client in self.awaited()]
+        if not self.servers():
+            names.append("a server")
+        elif self.phase == "validating" and not names and not self.trained and not self._enough():
+            here, least = self.config.schedule.clients - len(self.away), self.config.schedule.min_clients
+            return f"the run needs {least} clients (schedule.min_clients) and has {here}: start more of them"
+        return f"the run waits for {', '.join(names)}" if names else ""
+
+    def _enough(self) -> bool:
+        """Whether a round can begin with the clients that are not away."""
+        return self.config.schedule.clients - len(self.away) >= self.config.schedule.min_clients
+
+    def prepared(self, role: str, index: int) -> Prepared:
+        """Return what a peer last said of itself; nothing of one that never was here."""
+        return self.known[role, index].prepared if (role, index) in self.known else Prepared()
+
     def epoch_steps(self, client: int) -> int:
         """Return how many steps a client has in a local epoch, the short last batch kept."""
-        return -(-self.peers["client", client].prepared.train // self.config.train.batch_size)
+        return -(-self.prepared("client", client).train // self.config.train.batch_size)
 
     def steps(self, client: int) -> int:
         """Return how many steps a client has in a round: every local epoch."""
@@ -157,7 +277,7 @@ class State:
             return f"{why}. Nothing was stored yet: start the run again"
         return (
             f"{why}. The last version, {self.stored[-1][:12]}, is kept ({len(self.history)} of "
-            f"{self.config.run.rounds} rounds are done), and the folder can be resumed"
+            f"{self.config.run.rounds} rounds are done), and the folder can be resumed (zsplit resume)"
         )
 
     def base(self) -> Ref:
@@ -168,7 +288,7 @@ class State:
 
     def threads_of(self, role: str, index: int) -> int:
         """Return with how many threads a peer computes."""
-        return self.peers[role, index].prepared.threads
+        return self.prepared(role, index).threads
 
     def least_loaded(self) -> int:
         """Return the server with the least open work."""
@@ -188,23 +308,30 @@ class State:
         if self.config.schedule.policy == "round_robin":
             assert len(turns) <= 1, "two clients hold a turn"
         assert len({t.client for t in turns}) == len(turns), "a client holds two turns"
+        assert not {t.client for t in turns} & self.contributions.keys(), "a client trains what it has done"
+        assert self.finished.keys() >= self.contributions.keys(), "a contribution without its figures"
         assert all(lease.epoch <= self.epoch for lease in self.work), "a lease from a later epoch"
         assert (self.phase == "finished") == (self.outcome is not None)
         if self.phase in ("waiting", "finished"):
             assert not self.work, f"work is open while {self.phase}"
-        elif self.phase == "training" and self.is_async:
-            assert self.work or self.storing, "nobody works while training"
-            assert not any(self.arrivals.waits(turn.client) for turn in turns), "a client does not wait for its merge"
-        elif self.phase in ("measuring", "training", "merging", "testing"):
-            assert not all(work.beside for work in self.work.values()), f"nobody works while {self.phase}"
         elif self.phase == "planning":
             assert self.plans.deciding is not None, "nobody plans while planning"
-        elif self.phase == "validating":
-            assert self.work or self.storing or self.plans.deciding is not None, (
-                "nothing is waited for while validating"
-            )
+        elif not self.waits_for():
+            idle = not self.work and not self.storing and self.plans.deciding is None
+            assert not idle, f"nothing is waited for while {self.phase}"
         assert len(self.unsettled) <= 2, "more than one round is evaluated beside another"
         assert self.unsettled.keys() <= self.books.rounds.keys(), "a round that is not settled has no book"
+        assert set(self.stored) <= self.marks.keys(), "a version on the disk of which nobody knows where it belongs"
         for work in self.work.values():
             assert ("server", work.job.server) in self.peers, "work for a server that is not there"
+            client = client_of(work.job)
+            assert client is None or ("client", client) in self.peers, "work for a client that is not there"
             assert not work.complete, "finished work is still open"
+            for ref in refs_of(work.job):
+                held = ref.holder == ON_DISK or peer_of(ref.holder) in self.peers or ref.digest in self.stored
+                assert held, "work that needs a state which nobody has"
+
+
+def evaluated_by(job: Evaluate) -> Evaluated:
+    """Return what an evaluation is of."""
+    return Evaluated(job.part, job.round, job.plan.up, job.client)

@@ -1,6 +1,6 @@
 """What the peers measured of themselves, and who is to measure next. No clock, no socket."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from typing import NamedTuple
 
 from zsplit.config import Config
@@ -34,20 +34,19 @@ class Survey:
         self.servers: dict[int, Profile] = {}
         self.clients: dict[int, Measured] = {}
 
-    def due(self, servers: Iterable[int]) -> list[tuple[int, int]]:
+    def due(self, servers: Sequence[int], away: Collection[int] = ()) -> list[tuple[int, int]]:
         """Return who is to measure now, as (server, client) with client −1 for a server by itself; all are done
-        when it is empty. One at a time where the others are to be quiet.
+        when it is empty. One at a time where the others are to be quiet. `servers` are here, `away` is not asked.
         """
         missing = [(server, -1) for server in servers if server not in self.servers]
         if not missing:
-            missing = list(self._clients_due())
+            missing = list(self._clients_due(servers, away))
         return missing[:1] if self.config.plan.quiet else missing
 
-    def _clients_due(self) -> Iterator[tuple[int, int]]:
+    def _clients_due(self, servers: Sequence[int], away: Collection[int]) -> Iterator[tuple[int, int]]:
         """Yield the clients that have not measured, each with the server that it will have most of the time."""
-        servers = sorted(self.servers)
         for client in range(self.config.schedule.clients):
-            if client not in self.clients:
+            if servers and client not in self.clients and client not in away:
                 yield servers[client % len(servers) if self.config.schedule.policy == "parallel" else 0], client
 
     def take(self, job: Measure, done: Done) -> str:

@@ -120,6 +120,10 @@ class Versions:
         with storage_errors(self.folder, 0, _INTACT):
             self.path(digest).unlink(missing_ok=True)
 
+    def forget(self, digest: str) -> None:
+        """Take a version for one that is not there; its file stays until it is deleted, or stored again."""
+        self._forget(digest)
+
     def close(self) -> None:
         """Close the files that are open for reading; they open again when they are needed."""
         with self._lock:

@@ -7,6 +7,9 @@ from zsplit_broker.tally import NOTHING
 Peer = tuple[str, int]
 """A peer by its role and index."""
 
+ON_DISK = "broker"
+"""The holder of versions that are on the broker's disk."""
+
 
 class Work:
     """A lease that was opened: its job, whether its server is ready, and what each side finished with."""
@@ -60,3 +63,9 @@ def refs_of(job: Job) -> list[Ref]:
             return [base, *(ref for contribution in inputs for ref in refs_in(contribution))]
         case _:
             return []
+
+
+def peer_of(name: str) -> Peer:
+    """Return the peer that a name such as `client.3` stands for; one that is nobody's becomes nobody."""
+    role, _, index = name.partition(".")
+    return role, int(index) if len(index) < 10 and index.isascii() and index.isdigit() else -1

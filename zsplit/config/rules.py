@@ -70,6 +70,12 @@ def in_schedule(schedule: ScheduleSection, run: RunSection) -> Iterator[str]:
             f"schedule.clients_per_round = {schedule.clients_per_round} is more than there are: "
             f"with schedule.clients = {schedule.clients} the largest is {schedule.clients}."
         )
+    most = schedule.clients_per_round or schedule.clients
+    if schedule.min_clients > most:
+        yield (
+            f"schedule.min_clients = {schedule.min_clients} is more than a round has: it has {most} clients, "
+            f"set schedule.min_clients to {most} or less."
+        )
     if schedule.aggregate_every == 0:
         yield (
             "schedule.aggregate_every = 0 is no number of steps: set 1 or more, or -1 for the end of the local epochs."
