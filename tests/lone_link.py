@@ -40,23 +40,50 @@ class Broker:
         self.address = f"127.0.0.1:{self.port}"
         self.peer = self.data_peer = b""
         self.revision = 0
+        self.session, self.run = "s", "r"
+        self.welcomed = False
 
-    def welcome(self) -> None:
-        self.heard(messages.Hello)
-        welcome = messages.Welcome(
-            session="s", run="r", index=0, config=to_json(self.config), data_port=self.data_port, events_port=1
+    def welcome(self, session: str = "s", run: str = "r") -> messages.Hello:
+        """Answer the next hello, which begins a session; later ones, said when the broker is quiet, are as welcome."""
+        self.session, self.run, self.revision = session, run, 0
+        hello: messages.Hello = self.heard(messages.Hello)
+        self.bid_welcome()
+        self.welcomed = True
+        return hello
+
+    def bid_welcome(self) -> None:
+        config, port = to_json(self.config), self.data_port
+        self.tell(
+            messages.Welcome(session=self.session, run=self.run, index=0, config=config, data_port=port, events_port=1)
         )
-        self.tell(welcome)
 
-    def attach(self) -> None:
-        """Answer the first beat, with a turn to do, and let tensors pass."""
-        self.order(self.heard(messages.Beat))
-        self.came(messages.Attach)
-        self.pass_on(messages.Attached("r", "s"))
+    def attach(self, *jobs: messages.Job) -> messages.Attach:
+        """Answer the next beat, with a turn or these jobs to do, and let tensors pass."""
+        self.order(self.heard(messages.Beat), *jobs)
+        attach: messages.Attach = self.came(messages.Attach)
+        self.pass_on(messages.Attached(self.run, self.session))
+        return attach
 
-    def order(self, beat: messages.Beat) -> None:
+    def order(self, beat: messages.Beat, *jobs: messages.Job) -> None:
         self.revision += 1
-        self.tell(Orders(revision=self.revision, jobs=(TURN,), echo=beat.sent, now=time.monotonic() + AHEAD))
+        jobs = jobs or (TURN,)
+        self.tell(Orders(revision=self.revision, jobs=jobs, echo=beat.sent, now=time.monotonic() + AHEAD))
+
+    def order_nothing(self) -> None:
+        self.revision += 1
+        self.tell(Orders(revision=self.revision))
+
+    def stop(self) -> None:
+        """Be gone, as a process that was killed."""
+        self.context.destroy(linger=0)
+
+    def restart(self) -> None:
+        """Be another process on the same ports."""
+        self.context = zmq.Context()
+        self.control, self.data = (self.context.socket(zmq.ROUTER) for _ in range(2))
+        self.control.bind(f"tcp://127.0.0.1:{self.port}")
+        self.data_port = self.data.bind_to_random_port("tcp://127.0.0.1")
+        self.welcomed = False
 
     def tell(self, message: messages.ControlMessage) -> None:
         self.control.send_multipart([self.peer, frames.encode(message)])
@@ -72,6 +99,8 @@ class Broker:
             message = frames.decode_control(header)
             if isinstance(message, kind):
                 return message
+            if isinstance(message, messages.Hello) and self.welcomed:
+                self.bid_welcome()
 
     def came(self, kind: Any) -> Any:
         """Return the next data message of a kind."""
@@ -88,13 +117,15 @@ class Joined:
 
     def __init__(self) -> None:
         self.open: list[tuple[Link, Broker]] = []
+        self.said: list[str] = []
 
-    def __call__(self, role: Role = "client", **keys: object) -> tuple[Link, Broker]:
-        broker = Broker(config_of(link__beat_seconds=0.2, **keys))
-        link = Link(broker.address, role)
+    def __call__(self, role: Role = "client", *jobs: messages.Job, **keys: object) -> tuple[Link, Broker]:
+        """Join as a peer that has a turn or these jobs to do. What its link says to a person is in `said`."""
+        broker = Broker(config_of(**{"link__beat_seconds": 0.2, **keys}))
+        link = Link(broker.address, role, say=self.said.append)
         self.open.append((link, broker))
         self._join(link, broker)
-        broker.attach()
+        broker.attach(*jobs)
         assert isinstance(link.next(10), Orders)
         return link, broker
 

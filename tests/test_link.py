@@ -6,20 +6,27 @@ from pathlib import Path
 
 import pytest
 import torch
-from lone_link import AHEAD, LEASE, Joined
+from lone_link import AHEAD, LEASE, Broker, Joined
 
 from zsplit.codec import encode as encode_tensor
 from zsplit.errors import ConfigError, LocalProtocolError, RemoteProtocolError
-from zsplit.train.link import Incoming
+from zsplit.train.link import Incoming, Link
 from zsplit.wire import messages
 from zsplit.wire.messages import Step, Tensors
 
 
-def tensors_of(values: torch.Tensor, left: float | None = None) -> tuple[Tensors, bytes]:
+def tensors_of(values: torch.Tensor, left: float | None = None, micro: int = 0) -> tuple[Tensors, bytes]:
     """Return what a server sends: gradients that left at a time of the broker's clock."""
     meta, frame = encode_tensor("gradients", values)
     scalars = {} if left is None else {"left": left}
-    return Tensors("r", "s", LEASE, "train", 0, 0, 1, (meta,), scalars), bytes(frame)
+    return Tensors("r", "s", LEASE, "train", 0, micro, 1, (meta,), scalars), bytes(frame)
+
+
+def ask(link: Link, broker: Broker, step: int = 0, micro: int = 0, leg: int = 0) -> Tensors:
+    """Have a client send a micro-batch, and return it as it came."""
+    link.send_tensors(LEASE, "train", step, micro, leg, [("smashed", torch.ones(2), "raw")], {})
+    message: Tensors = broker.came(Tensors)
+    return message
 
 
 def test_tensors_say_when_they_left_on_the_brokers_clock(joined: Joined) -> None:
@@ -35,6 +42,7 @@ def test_tensors_say_when_they_left_on_the_brokers_clock(joined: Joined) -> None
 def test_what_comes_is_timed_and_counted_for_its_lease(joined: Joined) -> None:
     link, broker = joined()
     values = torch.arange(100_000.0)
+    ask(link, broker)
     left = time.monotonic()
     broker.pass_on(*tensors_of(values, left + AHEAD))
     event = link.next(10)
@@ -60,8 +68,10 @@ def test_a_step_stays_behind_the_tensors_before_it(joined: Joined) -> None:
 def test_large_and_small_tensors_are_decoded_in_the_order_in_which_they_come(joined: Joined) -> None:
     link, broker = joined()
     sizes = [500_000, 1, 200_000, 1, 1]
-    for size in sizes:
-        broker.pass_on(*tensors_of(torch.zeros(size)))
+    for micro, _ in enumerate(sizes):
+        ask(link, broker, micro=micro)
+    for micro, size in enumerate(sizes):
+        broker.pass_on(*tensors_of(torch.zeros(size), micro=micro))
     events = [link.next(10) for _ in sizes]
     assert [len(event.tensors["gradients"]) for event in events if isinstance(event, Incoming)] == sizes
 
@@ -80,6 +90,7 @@ def test_a_tensor_that_cannot_be_encoded_ends_the_link_with_a_sentence_and_the_b
 def test_a_tensor_that_cannot_be_decoded_ends_the_link_with_a_sentence(joined: Joined) -> None:
     link, broker = joined()
     meta = messages.TensorMeta("gradients", "F32", (1,), "unheard of", 3)
+    ask(link, broker)
     broker.pass_on(Tensors("r", "s", LEASE, "train", 0, 0, 1, (meta,)), b"abc")
     with pytest.raises(RemoteProtocolError, match="unheard of"):
         link.next(10)
@@ -95,6 +106,7 @@ def test_a_beat_does_not_wait_behind_queued_tensors_on_a_slow_link(joined: Joine
 
 def test_tensors_on_a_slow_link_arrive_when_their_last_byte_would(joined: Joined) -> None:
     link, broker = joined(link__downlink_mbps=8.0, link__rtt_ms=40.0)
+    ask(link, broker)
     left = time.monotonic()
     broker.pass_on(*tensors_of(torch.zeros(25_000), left + AHEAD))
     event = link.next(10)

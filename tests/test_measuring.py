@@ -31,7 +31,7 @@ def test_a_client_says_that_it_measures_before_it_begins_to(monkeypatch: pytest.
     monkeypatch.setattr(client_module, "describe", Mock())
     monkeypatch.setattr(client_module, "measure", lambda *_: said.append("measured") or PROFILE)
     monkeypatch.setattr(client_module, "measure_link", lambda _: LINK)
-    assert Client(cast("Link", link), config_of(), Mock(), Mock()).serve() == "the run is finished"
+    assert Client(cast("Link", link), config_of(), Mock(), Mock()).serve().sentence == "the run is finished"
     assert said == ["running", "measured", "done"]
 
 

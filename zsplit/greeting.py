@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import zmq
 
-from zsplit.errors import ConfigError, LinkError
+from zsplit.errors import ConfigError, LinkError, ZsplitError
 from zsplit.wire.frames import decode_control, encode
 from zsplit.wire.messages import Hello, Refused, Welcome
 
@@ -20,6 +20,11 @@ def parse_address(address: str) -> tuple[str, int]:
     if not host or not port.isdigit() or not 0 < int(port) < 65536:
         raise ConfigError(f"{address!r} is no address of a broker: give it as HOST:PORT")
     return host, int(port)
+
+
+def refusal(answer: Refused) -> ZsplitError:
+    """Return the error of a peer that is refused: ConfigError for what it was told to be, LinkError otherwise."""
+    return (ConfigError if answer.code == ConfigError.exit_code else LinkError)(answer.sentence)
 
 
 def greet(
@@ -47,7 +52,7 @@ def greet(
             if isinstance(answer, Welcome):
                 return answer
             if isinstance(answer, Refused):
-                raise (ConfigError if answer.code == ConfigError.exit_code else LinkError)(answer.sentence)
+                raise refusal(answer)
         elif not told:
             told = True
             say(f"No answer from a broker at {address} yet; trying for {left:.3g} s")

@@ -7,7 +7,7 @@ middle of a round.
 import math
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Literal
 
 import torch
@@ -158,6 +158,8 @@ class Prefetch:
         """Return the mini-batch of a step, and begin to load the next one. Raises what loading it raises."""
         place, ahead = (round, step), self._ahead
         self._ahead = None
+        if ahead and ahead[0] != place:
+            wait([ahead[1]])  # a turn began anew: no two threads load at once
         batch = ahead[1].result() if ahead and ahead[0] == place else self._here(place)
         if self._seconds > WORTHWHILE and not self._draws and (following := self._next(place)):
             self._ahead = following, self._pool.submit(self._load, following)

@@ -7,18 +7,18 @@ import msgspec
 import torch
 from torch import Tensor
 
+from zsplit import crash
 from zsplit.config import Config
 from zsplit.data import ClientData, Prefetch
-from zsplit.errors import RunFailedError
 from zsplit.train.account import Account
 from zsplit.train.half import Half, Workshop
-from zsplit.train.link import Fetched, Incoming, Link
+from zsplit.train.link import Fetched, Incoming, Leave, Link
 from zsplit.train.machine import describe, use_threads
 from zsplit.train.modes import evaluation, training
 from zsplit.train.profile import measure, measure_link
 from zsplit.train.state import State
 from zsplit.train.turn import Answers, Desk, Reply
-from zsplit.wire.messages import Evaluate, Held, Kind, Lease, Measure, Orders, Plan, Tally, Turn, What
+from zsplit.wire.messages import Evaluate, Finish, Held, Kind, Lease, Measure, Orders, Plan, Tally, Turn, What
 from zsplit.wire.messages import Tensors as TensorsMessage
 
 TELEMETRY_SECONDS = 0.25
@@ -28,8 +28,12 @@ class Revoked(Exception):  # noqa: N818  (no error: the orders have changed)
     """The job under way is no longer in the orders."""
 
 
+class Left(Exception):  # noqa: N818  (no error: somebody asked for it)
+    """This client was asked to leave, and is where it can."""
+
+
 class Client:
-    """The process. `serve` returns the broker's last sentence when the run is over."""
+    """The process. `serve` returns how the run ended, or that this client was asked to leave and has."""
 
     def __init__(self, link: Link, config: Config, workshop: Workshop, data: ClientData) -> None:
         self.link = link
@@ -40,20 +44,26 @@ class Client:
         self.halves: dict[tuple[str, str], Half] = {}  # one at most: the current plan's
         self.index = link.welcome.index
         self.batches = Prefetch(data, config.run.rounds)
-        self.desk = Desk(link, config, workshop, data, self.batches, self.index, self._answer, self._tell)
+        self.desk = Desk(
+            link, config, workshop, data, self.batches, self.index, self._answer, self._look_up, self._tell
+        )
         self.account = Account(link.spans, workshop.device)
         self._finished: set[Lease] = set()
+        self._asked_to_leave = ""
         self._losses: list[float] = []
         self._samples = 0
         self._told = time.monotonic()
         self._idle_told = 0.0
 
-    def serve(self) -> str:
-        """Do the broker's jobs until the run is over. Raises RunFailedError where it failed."""
+    def serve(self) -> Finish:
+        """Do the broker's jobs until the run is over, or somebody wants this client to leave."""
         with closing(self.batches):
-            return self._serve()
+            try:
+                return self._serve()
+            except Left as left:
+                return Finish(ok=True, sentence=f"client {self.index} left{left}")
 
-    def _serve(self) -> str:
+    def _serve(self) -> Finish:
         sizes = self.data.size("train"), self.data.size("validation"), self.data.size("test")
         shop = self.workshop
         self.link.prepared(describe(shop.device, shop.cut, *sizes, tail=shop.tail, earliest=shop.earliest))
@@ -63,9 +73,7 @@ class Client:
                 self._wait()
             else:
                 self._do(job)
-        if not self.orders.finish.ok:
-            raise RunFailedError(self.orders.finish.sentence)
-        return self.orders.finish.sentence
+        return self.orders.finish
 
     def _next_job(self) -> Turn | Evaluate | Measure | None:
         """Return what to do next: a turn before an evaluation, since others wait for its end."""
@@ -95,6 +103,7 @@ class Client:
         self._load(job, half)
         use_threads(job.threads[0])
         state, tally = training(self.desk, job, half, self.account).run()
+        crash.at("client.done")
         self._done(job.lease, tally, began, job.first + job.count, state)
 
     def _evaluate(self, job: Evaluate) -> None:
@@ -125,6 +134,7 @@ class Client:
         while True:
             event = self._wait(job.lease, "fetch")
             if isinstance(event, Fetched) and event.lease == job.lease:
+                crash.at("client.load")
                 half.load(job.base.digest, event.tensors)
                 return
 
@@ -141,27 +151,49 @@ class Client:
     # Waiting
 
     def _wait(
-        self, lease: Lease | None = None, why: str = "wait", step: int = -1, micro: int = -1
+        self, lease: Lease | None = None, why: str = "wait", step: int = -1, micro: int = -1, leaves: bool = True
     ) -> Fetched | Incoming | None:
-        """Wait for an event and return it, orders excepted: they are kept. Raises Revoked when `lease` is over."""
+        """Wait for an event and return it, orders excepted: they are kept. Raises Revoked when `lease` is over.
+
+        Raises Left where this client is to leave and, with `leaves`, can do so at once.
+        """
         with self.account.waiting(why, step, micro):
             event = self.link.next()
+        event = self._take(event, lease)
+        if self._asked_to_leave and leaves:
+            raise Left(f": {self._asked_to_leave}")
+        return event
+
+    def _take(
+        self, event: Orders | Fetched | Incoming | Leave | None, lease: Lease | None
+    ) -> Fetched | Incoming | None:
+        """Return an event that is for the job under this lease. Raises Revoked when that is over."""
+        if isinstance(event, Leave):
+            self._asked_to_leave = event.sentence
         if not isinstance(event, Orders):
-            return event
+            return None if isinstance(event, Leave) else event
         self.orders = event
         self._finished &= {job.lease for job in event.jobs}
         if lease is not None and all(job.lease != lease for job in event.jobs):
             raise Revoked
         return None
 
+    def _look_up(self, lease: Lease) -> None:
+        """Between two steps of a turn, look at what came meanwhile. Raises Revoked when that is over, and Left."""
+        while (event := self.link.next(0)) is not None:
+            self._take(event, lease)
+        if self._asked_to_leave:
+            raise Left(f" after its step: {self._asked_to_leave}")
+
     def _answer(self, lease: Lease, kind: Kind, step: int, micro: int, leg: int = 1) -> Reply:
-        """Wait for the server's answer to one micro-batch on one leg."""
+        """Wait for the server's answer to one micro-batch on one leg. A step of a turn is waited for to its end."""
         while True:
-            event = self._wait(lease, "wait", step, micro)
+            event = self._wait(lease, "wait", step, micro, leaves=kind != "train")
             if isinstance(event, Incoming) and isinstance(event.message, TensorsMessage):
                 message = event.message
                 found = message.lease, message.kind, message.step, message.micro, message.leg
                 if found == (lease, kind, step, micro, leg):
+                    crash.at("client.answer")
                     return Reply(message, event.tensors)
 
     def _tell(self, loss: float, samples: int) -> None:

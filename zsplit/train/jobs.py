@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from zsplit import crash
 from zsplit.config import Config
 from zsplit.errors import RemoteProtocolError
 from zsplit.model import randomness
@@ -55,7 +56,9 @@ class Initialising:
         self.link, self.job, self.workshop = link, job, workshop
 
     def begin(self) -> None:
-        finish(self.link, self.job.lease, self.workshop.initial(), Tally())
+        made = self.workshop.initial()
+        crash.at("server.init")
+        finish(self.link, self.job.lease, made, Tally())
 
     def fetched(self, event: Fetched) -> None:
         """Nothing is asked for."""
@@ -114,7 +117,9 @@ class Merging:
         self.states[event.ref.digest] = event.tensors
         if len(self.states) == len({ref.digest for ref in self.refs}):
             with self.account.computing("aggregate"):
+                crash.at("server.merge")
                 merged = State.of(merge(self.states[self.job.base.digest], self._parts(), self.job.share))
+            crash.at("server.merged")
             finish(self.link, self.job.lease, merged, Tally(seconds=self.account.busy, busy=self.account.busy))
 
     def _parts(self) -> list[Part]:
@@ -149,6 +154,7 @@ class Training:
 
     def ready(self) -> None:
         """Say that the back is loaded."""
+        crash.at("server.ready")
         self.link.report(Held(lease=self.job.lease, state="ready"))
 
     @property
@@ -202,6 +208,7 @@ class Training:
 
     def reply(self, message: TensorsMessage, sent: list[Outgoing], loss: Tensor, norms: bool = False) -> None:
         """Answer a micro-batch with the gradients of its smashed data, if any, and its mean loss."""
+        crash.at("server.apply")
         if norms:
             sent = [*sent, ("norms", self.half.gradient_norms(), "raw")]
         lease, step, micro = self.job.lease, message.step, message.micro
@@ -214,6 +221,7 @@ class Training:
 
     def stepped(self, step: int) -> None:
         """A step is done."""
+        crash.at("server.step")
         self.at = (step + 1, 0)
         self.link.report(Held(lease=self.job.lease, state="running", step=step + 1), at_once=False)
 
@@ -221,6 +229,7 @@ class Training:
         """Report the turn with the back as it is now, or with this state of it."""
         busy, flow = self.account.busy, self.link.flow(self.job.lease)
         tally = Tally(steps=self.job.count, samples=self.samples, seconds=busy, busy=busy, flow=flow)
+        crash.at("server.done")
         finish(self.link, self.job.lease, state or self.half.state(), tally)
 
 

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from zsplit import crash
 from zsplit.config import Config
 from zsplit.errors import RemoteProtocolError
 from zsplit.model import randomness
@@ -87,6 +88,7 @@ class MiddleTraining(Training):
 
     def _answer(self, message: TensorsMessage, tensors: list[tuple[What, Tensor, str]]) -> None:
         """Answer a leg with the next one."""
+        crash.at("server.apply")
         self.link.send_tensors(self.job.lease, "train", message.step, message.micro, message.leg + 1, tensors, {})
 
     def _end(self, step: int) -> None:

@@ -4,19 +4,24 @@ A model or data given here takes the place of what the config names; that is how
 the modules of which the config, which comes from the broker, may name functions (`zsplit.own`).
 """
 
-from collections.abc import Callable, Collection
+import signal
+import threading
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 
 from torch import nn
 
+from zsplit import crash
 from zsplit.config import Config, cut_of, from_json
 from zsplit.data import ClientData, Data, Labels, open_data, open_labels, sample_shape, unlabelled
-from zsplit.errors import ConfigError, ZsplitError
+from zsplit.errors import ConfigError, RunFailedError, ZsplitError
 from zsplit.train.client import Client
 from zsplit.train.half import Workshop
 from zsplit.train.labels import LabelBook
 from zsplit.train.link import CONNECT_SECONDS, Link
 from zsplit.train.machine import choose_device, set_up
 from zsplit.train.server import Server
+from zsplit.wire.messages import Finish
 
 
 def run_server(
@@ -31,12 +36,14 @@ def run_server(
 ) -> str:
     """Serve until the run is over; return the broker's last sentence. Raises ZsplitError where it failed.
 
+    A SIGTERM has it leave when its turns are over, a second one at once.
     `shape` is that of one sample, for data that only the clients know. Where labels live at the server
     (`train.labels = "server"`) it needs the data as well: `data`, or what the config names.
     """
     link = Link(broker, "server", say=say)
 
-    def work() -> str:
+    def work() -> Finish:
+        crash.at("server.start")
         config = from_json(link.welcome.config)
         set_up(config, config.server.threads)
         place = choose_device(device or config.server.device)
@@ -64,11 +71,12 @@ def run_client(
 ) -> str:
     """Train as client `index` (−1: the next free one) until the run is over; return the broker's last sentence.
 
-    Raises ZsplitError where the run failed.
+    A SIGTERM has it leave when its step is done, a second one at once. Raises ZsplitError where the run failed.
     """
     link = Link(broker, "client", index, say=say)
 
-    def work() -> str:
+    def work() -> Finish:
+        crash.at("client.start")
         if link.welcome.serving:
             raise ConfigError(
                 f"The broker at {broker} serves a finished run, it trains none: ask it with `zsplit predict --split`."
@@ -103,17 +111,42 @@ def _labels_of(config: Config, given: Data | None, allow: Collection[str]) -> La
         raise ConfigError(f'train.labels = "server" asks for the labels at the server: {error}') from error
 
 
-def _live(link: Link, connect_seconds: float, work: Callable[[], str]) -> str:
-    """Join, work, leave; tell the broker what went wrong, so that the run ends with that sentence."""
+def _live(link: Link, connect_seconds: float, work: Callable[[], Finish]) -> str:
+    """Join, work, leave; tell the broker what went wrong. A run that failed here fails for all, with that sentence."""
     try:
         link.join(connect_seconds)
         try:
-            return work()
+            with _draining(link):
+                end = work()
         except ZsplitError as error:
-            link.fault(str(error))
+            link.fault(str(error), fatal=isinstance(error, RunFailedError))
             raise
         except Exception as error:
             link.fault(f"it failed with {type(error).__name__}: {error}")
             raise
     finally:
         link.close()
+    if not end.ok:
+        raise RunFailedError(end.sentence)
+    return end.sentence
+
+
+@contextmanager
+def _draining(link: Link) -> Iterator[None]:
+    """Have SIGTERM ask the peer to leave when it can; a second one ends the process as it always does.
+
+    Only a process's main thread may say what signals do: anywhere else they do what they did.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def drain(number: int, _: object) -> None:
+        signal.signal(number, signal.SIG_DFL)
+        link.leave(f"stopped by {signal.Signals(number).name}")
+
+    before = signal.signal(signal.SIGTERM, drain)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)

@@ -9,11 +9,10 @@ import time
 from collections.abc import Iterator
 
 from zsplit.config import Config
-from zsplit.errors import RunFailedError
 from zsplit.train.half import Half, Workshop
 from zsplit.train.jobs import Evaluating, Handler, Initialising, Measuring, Merging, Training
 from zsplit.train.labels import LabelBook
-from zsplit.train.link import Fetched, Incoming, Link
+from zsplit.train.link import Fetched, Incoming, Leave, Link
 from zsplit.train.machine import describe
 from zsplit.train.middle import Absent, MiddleEvaluating, MiddleTraining
 from zsplit.train.predicting import Predicting
@@ -28,7 +27,7 @@ HAS_BACK = Training | Evaluating | Predicting
 
 
 class Server:
-    """The process. `serve` returns the broker's last sentence when the run is over."""
+    """The process. `serve` returns how the run ended, or that this server was asked to leave and has."""
 
     def __init__(self, link: Link, config: Config, workshop: Workshop, labels: LabelBook | None = None) -> None:
         self.link = link
@@ -37,12 +36,13 @@ class Server:
         self.labels = labels
         self.jobs: dict[Lease, Handler] = {}
         self.spare: list[tuple[tuple[str, str], Half]] = []
+        self._asked_to_leave = ""
         self._samples = 0
         self._busy = 0.0
         self._told = time.monotonic()
 
-    def serve(self) -> str:
-        """Do the broker's jobs until the run is over. Raises RunFailedError where it failed."""
+    def serve(self) -> Finish:
+        """Do the broker's jobs until the run is over, or somebody wants this server to leave and its turns are over."""
         shop = self.workshop
         self.link.prepared(describe(shop.device, shop.cut, tail=shop.tail, earliest=shop.earliest))
         while True:
@@ -50,9 +50,7 @@ class Server:
             began = time.monotonic()
             match event:
                 case Orders(finish=Finish() as finish):
-                    if not finish.ok:
-                        raise RunFailedError(finish.sentence)
-                    return finish.sentence
+                    return finish
                 case Orders():
                     self._obey(event)
                 case Fetched(lease=lease):
@@ -63,8 +61,12 @@ class Server:
                         handler = self.jobs[message.lease]
                         handler.incoming(self._labelled(handler, event))
                         self._samples += _samples(message)
+                case Leave(sentence=sentence):
+                    self._asked_to_leave = sentence
                 case None:
                     pass
+            if self._asked_to_leave and not self._has_turns():
+                return Finish(ok=True, sentence=f"server {self.link.welcome.index} left: {self._asked_to_leave}")
             self._busy += time.monotonic() - began
             self._tell()
 
@@ -73,8 +75,12 @@ class Server:
         for lease in self.jobs.keys() - listed.keys():
             self._drop(self.jobs.pop(lease))
         for lease in listed.keys() - self.jobs.keys():
-            self.jobs[lease] = self._handler(listed[lease])
-            self.jobs[lease].begin()
+            if not self._asked_to_leave:
+                self.jobs[lease] = self._handler(listed[lease])
+                self.jobs[lease].begin()
+
+    def _has_turns(self) -> bool:
+        return any(isinstance(handler, Training) for handler in self.jobs.values())
 
     def _handler(self, job: Job) -> Handler:
         match job:

@@ -10,6 +10,7 @@ from typing import Literal, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from zsplit import crash
 from zsplit.config import Config
 from zsplit.data import ClientData, Prefetch
 from zsplit.errors import RunFailedError
@@ -56,6 +57,7 @@ class Desk(NamedTuple):
     batches: Prefetch
     client: int
     answer: Answers
+    look_up: Callable[[Lease], None]
     tell: Callable[[float, int], None]
 
     @property
@@ -98,6 +100,7 @@ class Training:
             durations[bucket_of(time.monotonic() - began)] += 1
             self.desk.link.report(Held(lease=job.lease, state="running", step=step + 1), at_once=False)
             self.desk.tell(loss, size)
+            self.desk.look_up(job.lease)
         tally = Tally(steps=job.count, samples=samples, loss_sum=loss_sum, step_seconds=dict(durations))
         return self.half.state(), tally
 
@@ -116,6 +119,7 @@ class Training:
             if self.desk.config.train.clip_norm:
                 self._clip(step, norms)
             self.half.step()
+        crash.at("client.step")
         return loss, len(targets)
 
     def micro_batches(self, step: int, slices: Sequence[Batch]) -> tuple[float, Tensor | None]:
@@ -141,6 +145,7 @@ class Training:
             smashed: Tensor = self.half.part(x.to(self.half.device))
         scalars = {"batch": float(size_of(slices)), "micros": float(len(slices))}
         sent: list[Outgoing] = [("smashed", smashed, self.job.plan.up), *self.beside(targets)]
+        crash.at("client.send")
         self.desk.link.send_tensors(self.job.lease, "train", step, micro, 0, sent, scalars)
         return smashed
 
@@ -199,6 +204,7 @@ class Evaluation:
             with self.account.computing("evaluate", sent):
                 outputs = self.half.part(inputs.to(self.half.device))
             self.send(sent, outputs, targets)
+            crash.at("client.evaluate")
             sent += 1
         for number in range(answered, sent):
             total.update(self.scores(number))

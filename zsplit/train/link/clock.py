@@ -40,6 +40,10 @@ class Clock:
             self._recent.append(Sample(received - sent, theirs - (sent + received) / 2))
             self._best = min(self._recent)
 
+    def forget(self) -> None:
+        """The broker may be another process with another clock: what is known holds until the next sample only."""
+        self._recent.clear()
+
     def now(self, at: float | None = None) -> float:
         """Return the broker's time: now, or when our clock said `at`."""
         return (self._read() if at is None else at) + self._best.offset

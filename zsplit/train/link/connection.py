@@ -7,17 +7,28 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import zmq
+from zmq.utils.monitor import recv_monitor_message
 
+from zsplit import crash
 from zsplit.greeting import parse_address
 from zsplit.train.link.shaping import Line, Passage, Rates, Way
 from zsplit.wire.frames import MAX_CONTROL, MAX_FRAMES
-from zsplit.wire.messages import Lease
+from zsplit.wire.messages import Lease, Role
 from zsplit.wire.wake import Wake
 
 Socket = zmq.Socket[bytes]
 
 DRAIN = 64
 """Messages taken from one socket before the others have their turn."""
+
+RECONNECT_MS = 100, 500
+"""Milliseconds between two tries to connect, at first and at last: a broker that comes back is found within seconds."""
+
+CONNECT_MS = 2000
+"""Milliseconds that one try may take, since a host that is down says nothing."""
+
+UNACKNOWLEDGED_MS = 10_000
+"""Milliseconds after which a connection is given up whose other end does not acknowledge what was sent."""
 
 ZMTP = 9
 """Bytes before each frame of more than 255 bytes, by ZeroMQ's protocol (RFC 23)."""
@@ -47,20 +58,26 @@ def as_it_is() -> Line:
 
 
 class Connection:
-    """Sockets to one broker; used by one thread. `shape` makes both ways those of a slower link."""
+    """Sockets to one broker; used by one thread. `shape` makes both ways those of a slower link.
 
-    def __init__(self, address: str, wake: Wake) -> None:
+    `met` is set when control has a new connection in the place of its first one, `lost` when that of the tensors is
+    gone; whoever has seen `met` resets it.
+    """
+
+    def __init__(self, address: str, wake: Wake, role: Role = "client") -> None:
         self.address = address
+        self.met = self.lost = self._reached = False
+        self._point = f"{role}.frames"
         self._host, _ = parse_address(address)
         self._context = zmq.Context()
         self.control = self._socket(MAX_CONTROL)
+        self._watch = self.control.get_monitor_socket(zmq.EVENT_HANDSHAKE_SUCCEEDED)
         self.control.connect(f"tcp://{address}")
-        self._data = self._socket(-1)
         self._wake = wake
         self._poller = zmq.Poller()
-        for source in (self.control, self._data, wake.fd):
+        for source in (self.control, self._watch, wake.fd):
             self._poller.register(source, zmq.POLLIN)
-        self._blocked = False
+        self._make_data(-1)
         self.shape(as_it_is(), as_it_is())
 
     def shape(self, up: Line, down: Line) -> None:
@@ -71,9 +88,23 @@ class Connection:
         self._data_down: Way[Received] = Way(down.through)
 
     def open_data(self, port: int, max_frame: int) -> None:
-        """Connect the socket of the tensors."""
-        self._data.setsockopt(zmq.MAXMSGSIZE, max_frame)
+        """Connect a new socket for the tensors; what was under way on the one before it is dropped."""
+        for source in (self._data, self._data_watch):
+            self._poller.unregister(source)
+        self._data.disable_monitor()
+        for socket in (self._data_watch, self._data):
+            socket.close(linger=0)
+        self._data_up.clear()
+        self._data_down.clear()
+        self._make_data(max_frame)
         self._data.connect(f"tcp://{self._host}:{port}")
+
+    def _make_data(self, max_frame: int) -> None:
+        self._data = self._socket(max_frame)
+        self._data_watch = self._data.get_monitor_socket(zmq.EVENT_DISCONNECTED)
+        for source in (self._data, self._data_watch):
+            self._poller.register(source, zmq.POLLIN)
+        self.lost = self._blocked = False
 
     def close(self) -> None:
         """Close both sockets; what the last messages need to leave is waited for, half a second at most."""
@@ -83,7 +114,10 @@ class Connection:
         made = self._context.socket(zmq.DEALER)
         made.setsockopt(zmq.IMMEDIATE, 1)  # nothing may wait for a broker that is not there: it may be another
         made.setsockopt(zmq.MAXMSGSIZE, max_frame)
-        made.setsockopt(zmq.RECONNECT_IVL_MAX, 1000)
+        made.setsockopt(zmq.RECONNECT_IVL, RECONNECT_MS[0])
+        made.setsockopt(zmq.RECONNECT_IVL_MAX, RECONNECT_MS[1])
+        made.setsockopt(zmq.CONNECT_TIMEOUT, CONNECT_MS)
+        made.setsockopt(zmq.TCP_MAXRT, UNACKNOWLEDGED_MS)
         made.setsockopt(zmq.TCP_KEEPALIVE, 1)
         made.setsockopt(zmq.TCP_KEEPALIVE_IDLE, 4)
         made.setsockopt(zmq.TCP_KEEPALIVE_INTVL, 2)
@@ -107,6 +141,16 @@ class Connection:
                         receive()
         if self._wake.fd in ready:
             self._wake.clear()
+        if self._told(self._watch, ready):
+            self.met, self._reached = self._reached, True
+        self.lost = self._told(self._data_watch, ready) or self.lost
+
+    def _told(self, watch: Socket, ready: dict[object, int]) -> bool:
+        """Whether something happened to a socket that is watched."""
+        if watch not in ready:
+            return False
+        recv_monitor_message(watch)
+        return True
 
     def _poll(self, seconds: float) -> dict[object, int]:
         """Poll with the resolution of a sleep: ZeroMQ counts whole milliseconds."""
@@ -184,6 +228,8 @@ class Connection:
             self._data.send(header, zmq.NOBLOCK | (zmq.SNDMORE if frames else 0))
         except zmq.Again:
             return False
+        if frames:
+            crash.at(self._point)
         for number, frame in enumerate(frames, 1):
             self._data.send(frame, zmq.SNDMORE if number < len(frames) else 0, copy=False)
         return True

@@ -18,7 +18,7 @@ from zsplit.greeting import greet, parse_address
 from zsplit.train.link.clock import Clock
 from zsplit.train.link.connection import Connection
 from zsplit.train.link.exchange import Incoming, Tagged
-from zsplit.train.link.session import Ended, Event, Session
+from zsplit.train.link.session import Ended, Event, Leave, Session
 from zsplit.train.link.shelf import Fetched
 from zsplit.train.link.spans import Recorder
 from zsplit.train.state import State
@@ -44,6 +44,9 @@ from zsplit.wire.wake import Wake
 
 CONNECT_SECONDS = 60.0
 """How long a peer goes on trying to reach a broker that does not answer, unless told otherwise."""
+
+UNSTAMPED = ""
+"""Stands for run and session in a message of the trainer: it gets them when it leaves, since they may change."""
 
 
 class Link:
@@ -81,10 +84,13 @@ class Link:
         self.welcome, self.clock, self.spans = answer.welcome, answer.clock, answer.spans
         return self.welcome
 
-    def next(self, timeout: float | None = None) -> Orders | Incoming | Fetched | None:
-        """Return the next event, or None after `timeout` seconds. Raises what ended the link."""
+    def next(self, timeout: float | None = None) -> Orders | Incoming | Fetched | Leave | None:
+        """Return the next event, or None after `timeout` seconds (0: where there is none). Raises what ended the link.
+
+        While the broker is not there nothing comes; nothing is lost either.
+        """
         try:
-            event = self._events.get(timeout=timeout)
+            event = self._events.get(timeout != 0, timeout)
         except queue.Empty:
             return None
         if isinstance(event, Ended):
@@ -135,13 +141,12 @@ class Link:
 
         Their memory must stay as it is until they were answered. An error in encoding them comes with `next`.
         """
-        run, session = self.welcome.run, self.welcome.session
-        message = TensorsMessage(run, session, lease, kind, step, micro, leg, (), scalars)
+        message = TensorsMessage(UNSTAMPED, UNSTAMPED, lease, kind, step, micro, leg, (), scalars)
         self._session.exchange.send(message, tensors)
 
     def send_step(self, lease: Lease, step: int, scale: float) -> None:
         """Tell the server to step its optimizer, gradients scaled."""
-        self._session.exchange.send(Step(self.welcome.run, self.welcome.session, lease, step, scale))
+        self._session.exchange.send(Step(UNSTAMPED, UNSTAMPED, lease, step, scale))
 
     def flow(self, lease: Lease) -> Flow:
         """Return what came in under the lease and how long it was on its way, and forget it."""
@@ -151,16 +156,19 @@ class Link:
 
     def telemetry(self, losses: tuple[float, ...], samples_per_second: float, idle_share: float) -> None:
         """Tell the monitor how it goes; may be lost."""
-        session = self.welcome.session
         self._session.say(
-            Telemetry(session=session, losses=losses, samples_per_second=samples_per_second, idle_share=idle_share)
+            Telemetry(session=UNSTAMPED, losses=losses, samples_per_second=samples_per_second, idle_share=idle_share)
         )
 
-    def fault(self, sentence: str) -> None:
-        """Tell the broker that this peer cannot go on."""
-        self._session.say(Fault(session=self.welcome.session, sentence=sentence))
+    def fault(self, sentence: str, fatal: bool = False) -> None:
+        """Tell the broker that this peer cannot go on; with `fatal` that nobody can, so that the run is to end."""
+        self._session.say(Fault(session=UNSTAMPED, sentence=sentence, fatal=fatal))
 
     # Its life
+
+    def leave(self, sentence: str) -> None:
+        """Have `next` return that this peer is to leave, for this reason; safe to call from a signal handler."""
+        self._events.put(Leave(sentence))
 
     def close(self) -> None:
         """Say goodbye and end the threads."""
@@ -172,7 +180,7 @@ class Link:
 
     def _live(self) -> None:
         """The link's thread: hello, a session, goodbye."""
-        connection = Connection(self.address, self._wake)
+        connection = Connection(self.address, self._wake, self._hello.role)
         try:
             session = self._enter(connection)
             self._joined.put(session)
@@ -192,7 +200,7 @@ class Link:
         seconds, closing = self._connect_seconds, lambda: self._closing
         welcome = greet(connection.control, self.address, self._hello, seconds, self._say, closing)
         try:
-            return Session(connection, welcome, self._hello, self._events.put, self._wake)
+            return Session(connection, welcome, self._hello, self._events.put, self._wake, self._say)
         except ConfigError as error:
             connection.tell(encode(Fault(session=welcome.session, sentence=str(error))))
             connection.flush()

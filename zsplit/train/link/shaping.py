@@ -123,6 +123,10 @@ class Way(Generic[T]):
         """Take the first message off."""
         self._passing.popleft()
 
+    def clear(self) -> None:
+        """Take all off: the connection that they were on is gone."""
+        self._passing.clear()
+
     def arrived(self, now: float) -> Iterator[Passage[T]]:
         """Take off and yield what is there by now."""
         while self._passing and self._passing[0].due <= now:

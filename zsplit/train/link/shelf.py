@@ -83,6 +83,13 @@ class Shelf:
             for piece in transfer.fetch.want():
                 yield transfer, piece
 
+    def start_over(self, lease: Lease | None = None) -> None:
+        """Ask anew for all that is on its way, under a lease or at all: it may have been lost."""
+        with self._lock:
+            for transfer in self._transfers.values():
+                if lease in (None, transfer.lease):
+                    transfer.fetch.again()
+
     def again(self) -> None:
         """Ask anew for what a holder could not give when it was asked."""
         with self._lock:
