@@ -231,7 +231,7 @@ class Chaos:
         proxy = member.proxy
         assert proxy is not None
         proxy.swallow()
-        self._for(member.name, seconds, now, lambda: proxy.cut())
+        self._for(member.name, seconds, now, proxy.cut)
 
     def _fill(self, fault: Fault, now: float) -> bool:
         """Fill the disk. The broker lives on meanwhile: it is a person's part to start none where nothing fits."""
@@ -242,7 +242,7 @@ class Chaos:
         self._for(name, fault.seconds, now, self.disk.free)
         return True
 
-    def _for(self, name: str, seconds: float, now: float, ended: Callable[[], None]) -> None:
+    def _for(self, name: str, seconds: float, now: float, ended: Callable[[], object]) -> None:
         """Have a fault of this member end after so many seconds; until then nothing else happens to it."""
         self._busy.add(name)
 
@@ -265,8 +265,13 @@ class Chaos:
                 raise FailedError(f"another {client} was to be refused, and ended with {code}: {words}")
 
 
-def disturbed(mode: str, rounds: int, folder: Path, expected: Run, seed: str, kinds: list[str], quiet: bool) -> Outcome:
-    """Do a run under faults in a folder, which is kept where the run was not as it was to be."""
+def disturbed(
+    mode: str, rounds: int, folder: Path, expected: Run, seed: str, kinds: list[str], shares: tuple[float, float]
+) -> Outcome:
+    """Do a run under faults in a folder, which is kept where the run was not as it was to be.
+
+    `shares` are those of the control messages that are dropped, and doubled.
+    """
     began = time.monotonic()
     folder.mkdir()
     home = folder / "disk"

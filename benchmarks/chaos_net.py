@@ -12,7 +12,7 @@ import socket
 import struct
 from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
 from threading import Thread
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple, Self, TypeVar
 
 GREETING = 64
 """Bytes with which each side of a ZMTP connection begins."""
@@ -22,6 +22,8 @@ MORE, LONG, COMMAND = 1, 2, 4
 
 PIECE = 65536
 """Bytes that are passed on at once."""
+
+T = TypeVar("T")
 
 Judge = Callable[[bool, bytes], int]
 """How often a message on the control port is passed on, by whether it goes up to the broker and its first frame."""
@@ -188,7 +190,7 @@ class Net:
         self.call(made.listen())
         return made
 
-    def call(self, job: Coroutine[Any, Any, Any]) -> Any:
+    def call(self, job: Coroutine[Any, Any, T]) -> T:
         """Have something done in the thread of the net, and wait for it."""
         return asyncio.run_coroutine_threadsafe(job, self._loop).result()
 
