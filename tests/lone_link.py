@@ -121,13 +121,16 @@ class Joined:
 
     def __call__(self, role: Role = "client", *jobs: messages.Job, **keys: object) -> tuple[Link, Broker]:
         """Join as a peer that has a turn or these jobs to do. What its link says to a person is in `said`."""
-        broker = Broker(config_of(**{"link__beat_seconds": 0.2, **keys}))
+        broker = Broker(self.config(**keys))
         link = Link(broker.address, role, say=self.said.append)
         self.open.append((link, broker))
         self._join(link, broker)
         broker.attach(*jobs)
         assert isinstance(link.next(10), Orders)
         return link, broker
+
+    def config(self, **keys: object) -> Config:
+        return config_of(**{"link__beat_seconds": 0.2, **keys})
 
     def close(self) -> None:
         for link, broker in self.open:

@@ -130,8 +130,8 @@ def test_fields_that_a_later_version_may_add_are_ignored(waiting: Waiting) -> No
     assert isinstance(answer(waiting.address, hello(protocol=PROTOCOL, role="monitor", colour="blue")), Welcome)
 
 
-def test_a_broker_that_dies_is_missed_by_its_peers(processes: Processes) -> None:
-    broker = processes.start("broker", *settings(*IMPATIENT))
+def test_a_broker_that_dies_is_looked_for_by_its_peers_until_their_patience_ends(processes: Processes) -> None:
+    broker = processes.start("broker", *settings(*IMPATIENT, f"link.patience_seconds={2 * LEASE}"))
     address = broker.line("The broker listens at ").split()[4].rstrip(";")
     peers = [processes.start(*words.split(), "--broker", address) for words in ("server", "client")]
     for peer in peers:
@@ -140,7 +140,10 @@ def test_a_broker_that_dies_is_missed_by_its_peers(processes: Processes) -> None
     assert broker.wait() == -signal.SIGKILL
     for peer in peers:
         assert peer.wait() == 1
-        assert peer.err[-1] == f"zsplit: the broker at {address} has been silent for {LEASE:g} s: is it still running?."
+        assert peer.err[-2:] == [
+            f"the broker at {address} has been silent for {LEASE:g} s; looking for it",
+            f"zsplit: the broker at {address} has been silent for {2 * LEASE:g} s: is it still running?.",
+        ]
 
 
 # What a peer finds wrong before the run begins

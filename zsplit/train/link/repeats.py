@@ -73,7 +73,7 @@ class Questions(Generic[T]):
         asked.popleft()
         return True
 
-    def answer(self, message: Tensors | Step) -> T | None:  # noqa: ARG002  (the other side's)
+    def answer(self, message: Tensors | Step) -> T | None:  # noqa: ARG002  (a client answers nothing)
         return None
 
     def unanswered(self, lease: Lease | None = None) -> Iterator[T]:
@@ -108,7 +108,7 @@ class Answers(Generic[T]):
             return None
         return course.answers.get((message.step, message.micro, message.leg))
 
-    def unanswered(self, lease: Lease | None = None) -> Iterator[T]:  # noqa: ARG002  (the other side's)
+    def unanswered(self, lease: Lease | None = None) -> Iterator[T]:  # noqa: ARG002  (a server asks nothing)
         return iter(())
 
 
