@@ -19,10 +19,6 @@ Here = Callable[..., Ending]
 
 ENDLESS = settings("broker.port=0", *QUICK, "run.rounds=100000")
 
-recovers = pytest.mark.skip(reason="needs a broker that takes its journal up again and replaces peers that are lost")
-"""Tests that the broker's side of recovery has to make pass."""
-
-
 # When, and how often
 
 
@@ -246,7 +242,6 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[str], by
         return weights_of(processes.folder / "out")
 
 
-@recovers
 @pytest.mark.parametrize("who", PEERS)
 def test_a_run_of_which_somebody_is_killed_ends_with_the_same_weights(
     who: str, processes: Processes, undisturbed: tuple[list[str], bytes]
@@ -259,7 +254,6 @@ def test_a_run_of_which_somebody_is_killed_ends_with_the_same_weights(
     assert weights_of(processes.folder / "out") == undisturbed
 
 
-@recovers
 def test_a_run_of_which_everybody_is_killed_in_turn_ends_with_the_same_weights(
     processes: Processes, undisturbed: tuple[list[str], bytes]
 ) -> None:
@@ -270,7 +264,6 @@ def test_a_run_of_which_everybody_is_killed_in_turn_ends_with_the_same_weights(
     assert weights_of(processes.folder / "out") == undisturbed
 
 
-@recovers
 def test_a_broker_that_is_killed_too_often_ends_the_run_and_says_how_to_resume(processes: Processes) -> None:
     run = processes.start("run", "--no-monitor", "--out", "out", *ENDLESS, "--restarts", "1")
     kill_at(processes, run, " round 2/", "the broker")
@@ -285,7 +278,6 @@ def test_a_broker_that_is_killed_too_often_ends_the_run_and_says_how_to_resume(p
     ]
 
 
-@recovers
 @pytest.mark.parametrize("how", [("resume", "out"), ("run", "--out", "out", *LONG)])
 def test_a_run_that_was_killed_as_a_whole_goes_on_where_it_was(
     how: tuple[str, ...], processes: Processes, undisturbed: tuple[list[str], bytes]
@@ -299,7 +291,6 @@ def test_a_run_that_was_killed_as_a_whole_goes_on_where_it_was(
     assert weights_of(processes.folder / "out") == undisturbed
 
 
-@recovers
 def test_a_drained_run_ends_with_a_whole_round_and_goes_on(
     processes: Processes, undisturbed: tuple[list[str], bytes]
 ) -> None:
@@ -313,7 +304,6 @@ def test_a_drained_run_ends_with_a_whole_round_and_goes_on(
     assert weights_of(processes.folder / "out") == undisturbed
 
 
-@recovers
 def test_a_client_that_is_killed_while_the_run_drains_is_started_again(processes: Processes) -> None:
     run = processes.start("run", "--no-monitor", "--out", "out", *settings("broker.port=0", *QUICK))
     run.line(" round 1/")
@@ -324,7 +314,6 @@ def test_a_client_that_is_killed_while_the_run_drains_is_started_again(processes
     assert summary["stored"] == summary["versions"][-2:]
 
 
-@recovers
 def test_a_broker_alone_is_resumed_and_peers_elsewhere_find_it(processes: Processes) -> None:
     folder = processes.folder
     command = ("broker", *settings(*QUICK, "run.rounds=12"), "--set", "broker.port=0", "--out", "out")

@@ -12,7 +12,9 @@ from pathlib import Path
 import pytest
 from conftest import LEAVING, QUICK, Ending, Processes, settings, until
 
+from zsplit.config import Config, load_config, to_toml
 from zsplit.errors import ZsplitError
+from zsplit.launch import deal_cores, share_cores
 from zsplit.stopping import stop_run, under_way
 
 Here = Callable[..., Ending]
@@ -165,6 +167,22 @@ def test_a_broker_that_waits_for_peers_is_stopped_and_leaves_nothing(processes: 
 
 
 # Resume
+
+
+def with_threads(server: int, client: int) -> Config:
+    return load_config(None, {"server.threads": server, "client.threads": client})
+
+
+def test_a_run_that_is_resumed_has_the_threads_that_it_had_and_those_that_are_asked_for(tmp_path: Path) -> None:
+    folder = run_of(tmp_path / "run")
+    (folder / "config.toml").write_text(to_toml(with_threads(7, 9)))
+    assert deal_cores(with_threads(0, 0), str(folder)) == share_cores(with_threads(0, 0))  # nobody's journal is there
+    (folder / "journal.log").touch()
+    assert deal_cores(with_threads(0, 0), str(folder)) == with_threads(7, 9)
+    assert deal_cores(with_threads(3, 0), str(folder)) == with_threads(3, 9)
+    (folder / "config.toml").write_text("[server]\nthreads = 'many'\n")  # the broker has a sentence for that
+    assert deal_cores(with_threads(0, 0), str(folder)) == share_cores(with_threads(0, 0))
+    assert deal_cores(with_threads(0, 0), "") == share_cores(with_threads(0, 0))
 
 
 def test_a_folder_without_a_run_cannot_be_resumed(here: Here, tmp_path: Path) -> None:

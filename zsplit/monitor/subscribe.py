@@ -67,10 +67,9 @@ def watch(
 
     It ends sooner when `poll`, called every `REFRESH` seconds in this thread, returns False, or when nothing
     came for `silence` seconds: the state of the returned event, or None where none came, tells which. `notes`, called
-    after it, has lines that whoever watches wants to be shown among the broker's. Raises
-    LinkError for an impossible endpoint or when nothing at all came within `patience` seconds,
-    RemoteProtocolError when what came was no event. Whatever is raised, KeyboardInterrupt too, the view has
-    been left and the socket closed.
+    after each `poll`, has lines that whoever watches wants to be shown among the broker's. Raises LinkError for an
+    impossible endpoint or when nothing at all came within `patience` seconds, RemoteProtocolError when what came was
+    no event. Whatever is raised, KeyboardInterrupt too, the view has been left and the socket closed.
     """
     board = Board()
     began = monotonic()
