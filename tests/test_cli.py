@@ -99,7 +99,7 @@ def test_ctrl_c_before_the_run_begins_leaves_nothing_at_all(processes: Processes
     run.signal(signal.SIGINT)
     assert run.wait() == 1
     assert processes.gone(LEAVING)
-    assert run.said == ["zsplit: stopped by SIGTERM. Nothing was stored yet: start the run again."]
+    assert run.said == ["zsplit: stopped by SIGINT. Nothing was stored yet: start the run again."]
     assert not (processes.folder / "out").exists()
 
 
@@ -205,7 +205,7 @@ def test_config_prints_every_key_as_json(here: Here) -> None:
 
 COMMANDS = [
     *("broker", "client", "compare", "config", "cuts", "data", "eval", "export", "monitor", "plan", "predict"),
-    *("profile", "run", "server", "sweep", "timeline"),
+    *("profile", "resume", "run", "server", "stop", "sweep", "timeline"),
 ]
 
 

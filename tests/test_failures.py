@@ -257,9 +257,11 @@ ENDLESS = "run.rounds=100000"
 
 
 @pytest.mark.parametrize("peer", ["client 1", "server 0"])
-def test_a_peer_that_is_killed_ends_the_run_before_its_lease_does(peer: str, processes: Processes) -> None:
+def test_a_peer_that_is_killed_and_not_started_again_ends_the_run_before_its_lease_does(
+    peer: str, processes: Processes
+) -> None:
     options = settings("broker.port=0", *QUICK, ENDLESS, "link.lease_seconds=1000")
-    run = processes.start("run", "--no-monitor", "--out", "out", *options)
+    run = processes.start("run", "--no-monitor", "--restarts", "0", "--out", "out", *options)
     run.line(" round 2/")
     os.kill(writer_of(processes.folder / "out" / "logs" / f"{peer.replace(' ', '-')}.log"), signal.SIGKILL)
     assert run.wait() == 1
@@ -267,14 +269,15 @@ def test_a_peer_that_is_killed_ends_the_run_before_its_lease_does(peer: str, pro
     assert kept(run.err[-1], processes.folder / "out") >= 2
 
 
-def test_a_broker_that_is_killed_ends_the_run(processes: Processes) -> None:
-    run = processes.start("run", "--no-monitor", "--out", "out", *settings("broker.port=0", *QUICK, ENDLESS))
+def test_a_broker_that_is_killed_and_not_started_again_ends_the_run(processes: Processes) -> None:
+    options = settings("broker.port=0", *QUICK, ENDLESS)
+    run = processes.start("run", "--no-monitor", "--restarts", "0", "--out", "out", *options)
     run.line(" round 2/")
     (broker,) = (each for each in processes.alive() if b"zsplit_broker" in Path(f"/proc/{each}/cmdline").read_bytes())
     os.kill(broker, signal.SIGKILL)
     assert run.wait() == 1
     assert run.err == [
-        "zsplit: the broker was killed by SIGKILL; what it stored is kept, and the folder can be resumed."
+        "zsplit: the broker was killed by SIGKILL; what it stored is kept, and `zsplit resume out` goes on with it."
     ]
     assert list((processes.folder / "out" / "versions").iterdir())
 

@@ -590,6 +590,31 @@ def test_another_monitor_s_arrival_repeats_nothing(publisher: Publisher) -> None
 
 
 @pytest.mark.timeout(30)
+@pytest.mark.parametrize("live", [True, False])
+def test_what_the_watcher_has_to_say_stands_among_the_broker_s_lines(publisher: Publisher, live: bool) -> None:
+    console = terminal() if live else plain()
+    notes = [LogEvent(time=NOON, level="warning", who="launcher", text="client 1 was killed")]
+    last = LogEvent(time=NOON, level="warning", who="launcher", text="and again")
+
+    def said() -> Iterator[LogEvent]:
+        while notes:
+            yield notes.pop(0)
+
+    def end() -> list[AnyEvent]:
+        notes.append(last)
+        return [run_event(seq=2, state="finished")]
+
+    publisher.publish(run_event(), log("joined"))
+    poll = publisher.play([log("back again", seq=2)], *[()] * 3, end())
+    view = view_for(console, publisher.endpoint)
+    assert watch(publisher.endpoint, view, poll=poll, notes=said) == run_event(seq=2, state="finished")
+    shown = written(console).rpartition("\x1b[?1049l")[2]
+    texts = ("client 1 was killed", "back again", "and again")
+    assert [text for text in texts if text not in shown] == []
+    assert "missed" not in shown
+
+
+@pytest.mark.timeout(30)
 def test_a_poll_that_says_no_ends_the_watch_with_what_is_known(publisher: Publisher) -> None:
     publisher.publish(run_event())
     polls = iter([True, True, True, False])

@@ -2,35 +2,27 @@
 
 import json
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import click
 
 from zsplit import crash
 from zsplit.after_cli import eval_command, export, predict
-from zsplit.config import keys, load_config
+from zsplit.config import keys
 from zsplit.cuts_cli import cuts
 from zsplit.data_cli import data
-from zsplit.errors import RunFailedError, ZsplitError
-from zsplit.options import allow_option, json_option, set_option
+from zsplit.errors import ZsplitError
+from zsplit.options import allow_option, device_option, json_option, say
 from zsplit.planning_cli import plan, profile
 from zsplit.results_cli import compare, sweep
-from zsplit_broker.__main__ import broker, with_plan
-
-if TYPE_CHECKING:
-    from zsplit.launch import Place, Result
-    from zsplit.monitor.subscribe import View
+from zsplit.run_cli import resume, run, stop, view_of
+from zsplit_broker.__main__ import broker
 
 DEFAULT_BROKER = "127.0.0.1:5757"
 
-config_argument = click.argument("config", required=False, type=click.Path(path_type=Path))
 broker_option = click.option(
     "--broker", "address", default=DEFAULT_BROKER, metavar="HOST:PORT", show_default=True, help="The run's broker."
-)
-device_option = click.option(
-    "--device", default="", metavar="DEVICE", help="auto, cpu, cuda:0 or mps; the config's otherwise."
 )
 connect_option = click.option(
     "--connect-seconds", default=60.0, show_default=True, help="How long to go on trying to reach the broker."
@@ -48,48 +40,8 @@ def cli(debug: bool) -> None:
     """
 
 
-for command in (broker, cuts, data, plan, profile, eval_command, predict, export, compare, sweep):
+for command in (broker, cuts, data, plan, profile, eval_command, predict, export, compare, sweep, run, resume, stop):
     cli.add_command(command)
-
-
-@cli.command()
-@config_argument
-@set_option
-@click.option("--plan", default="", metavar="FILE", help="Use the plan.json of an earlier run again (plan.file).")
-@click.option("--out", help="The run's folder; it must not exist yet.  [default: runs/NAME-N]")
-@click.option("--no-monitor", is_flag=True, help="Plain lines in the place of the live screen.")
-@device_option
-@allow_option
-@json_option
-def run(
-    config: Path | None,
-    overrides: tuple[str, ...],
-    plan: str,
-    out: str | None,
-    no_monitor: bool,
-    device: str,
-    allow: tuple[str, ...],
-    as_json: bool,
-) -> None:
-    """Train on this machine: start a broker, a server and all clients of CONFIG (none: the digits demo)."""
-    from zsplit.launch import Interrupted, run_here
-
-    try:
-        result = run_here(
-            load_config(config, with_plan(overrides, plan)),
-            out,
-            device=device,
-            watch=_watcher(no_monitor or as_json, as_json),
-            allow=allow,
-        )
-    except Interrupted as stopped:
-        result = stopped.result
-    if as_json:
-        click.echo(json.dumps(result.summary, indent=2))
-    else:
-        _print_result(result)
-    if not result.ok:
-        raise RunFailedError(result.sentence)
 
 
 @cli.command()
@@ -130,7 +82,7 @@ def monitor(address: str, connect_seconds: float, no_live: bool) -> None:
     from zsplit.monitor.subscribe import watch
 
     endpoint = events_of(address, connect_seconds, say)
-    last = watch(endpoint, _view(endpoint, no_live), patience=connect_seconds)
+    last = watch(endpoint, view_of(endpoint, no_live), patience=connect_seconds)
     if last is None or last.state not in ("finished", "failed"):
         raise ZsplitError(f"The broker at {address} has fallen silent: is it still running?")
 
@@ -169,62 +121,6 @@ def config_command(as_json: bool) -> None:
         return
     for key in keys():
         click.echo(f"{key.key} = {key.default}    ({key.type})\n    {key.doc}")
-
-
-def _watcher(plain: bool, to_stderr: bool) -> "Callable[[Place, Callable[[], bool]], object]":
-    def watch_run(place: "Place", still_on: Callable[[], bool]) -> object:
-        from zsplit.monitor.subscribe import watch
-
-        return watch(place.events, _view(place.events, plain, to_stderr), poll=still_on)
-
-    return watch_run
-
-
-def _view(endpoint: str, plain: bool, to_stderr: bool = False) -> "View":
-    """Return the live screen on a terminal, plain lines elsewhere or where they are asked for."""
-    from rich.console import Console
-
-    from zsplit.monitor.views import view_for
-
-    return view_for(Console(stderr=to_stderr), endpoint, plain=plain)
-
-
-def say(sentence: str) -> None:
-    """Tell the person at this terminal; stdout is for results."""
-    click.echo(sentence, err=True)
-
-
-def _print_result(result: "Result") -> None:
-    """Print what a person wants to know first, and where the rest lies."""
-    summary = result.summary
-    accuracies = {name: summary.get(f"{name}_accuracy") for name in ("val", "test")}
-    figures = [f"{name} accuracy {100 * value:.2f} %" for name, value in accuracies.items() if value is not None]
-    if summary.get("steps"):
-        up, down = (summary["bytes"][way] / 1e6 for way in ("up", "down"))
-        figures += [
-            f"{summary['rounds']} rounds, {summary['steps']} steps in {summary['seconds']:.1f} s",
-            f"{up:.1f} MB up, {down:.1f} MB down" + _saved(summary),
-        ]
-    if summary.get("steps") and summary["predicted_step_seconds"]:
-        taken, predicted = summary["step_seconds"]["median"], summary["predicted_step_seconds"]
-        figures.append(f"a step took {1000 * taken:.3g} ms (median), predicted were {1000 * predicted:.3g} ms")
-    if summary:
-        figures.append(f"Everything is in {result.folder}")
-    if summary.get("model_file"):
-        figures.append(f"The merged model is {summary['model_file']}")
-    for line in figures:
-        click.echo(line)
-
-
-def _saved(summary: Mapping[str, Any]) -> str:
-    """Say what the codecs have saved, where they have, and what they cost in accuracy where that was seen."""
-    if summary["bytes"] == summary["bytes_raw"]:
-        return ""
-    up, down = (summary["bytes_raw"][way] / 1e6 for way in ("up", "down"))
-    raw, codec = summary["test_accuracy_raw"], summary["test_accuracy_codec"]
-    differs = raw is not None and codec is not None and raw != codec
-    tested = f"; test accuracy {100 * codec:.2f} % through the codec, {100 * raw:.2f} % without" if differs else ""
-    return f" (raw: {up:.1f} and {down:.1f}){tested}"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

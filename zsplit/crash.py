@@ -2,7 +2,7 @@
 
 `ZSPLIT_CRASH_AT=name[:n]` names one of `POINTS`; the process that passes it for the n-th time kills itself with
 SIGKILL, once: it leaves the file `ZSPLIT_CRASH_ONCE`, and whoever finds that there lives on. So a process that is
-started again in its place, and others that pass the same place, are spared, and a test sees whether it was ever reached.
+started again in its place, and others that pass the same place, are spared, and a test sees whether it was reached.
 Refused unless `ZSPLIT_TEST_FAULTS=1`: a run that people trust has no such thing in its environment.
 """
 
@@ -84,10 +84,17 @@ def trap_of(environment: Mapping[str, str]) -> Trap | None:
 _trap: Trap | None = None
 
 
-def arm() -> None:
+def variables() -> dict[str, str]:
+    """Return what the environment says of all this: for a child process that does not inherit it."""
+    return {
+        name: value for name, value in os.environ.items() if name.startswith(("ZSPLIT_CRASH_", "ZSPLIT_TEST_FAULTS"))
+    }
+
+
+def arm(environment: Mapping[str, str] = os.environ) -> None:
     """Look into the environment, once for each process, before it does anything. Raises ConfigError as `trap_of`."""
     global _trap
-    _trap = trap_of(os.environ)
+    _trap = trap_of(environment)
 
 
 def at(name: str) -> None:

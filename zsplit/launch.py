@@ -1,49 +1,38 @@
 """A whole run on this machine: the broker, a server and the clients, as the processes they always are.
 
 The broker is a program of its own; the torch side is forked from one process that has torch loaded, which
-saves seconds of importing for each. None of them outlives this process: the broker reads the end of its
-input, the others watch their parent.
+saves seconds of importing for each. Who is killed is started again (`supervise`). None of them outlives this process:
+the broker reads the end of its input, the others watch their parent.
 """
 
 import contextlib
 import json
-import multiprocessing
 import os
 import pickle
-import subprocess
-import sys
+import signal
 import tempfile
-import time
-from collections.abc import Callable, Collection, Iterator
-from multiprocessing.connection import wait
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
 
-from zsplit.child import Peer, Task, death, live
+from zsplit import crash
+from zsplit.child import Peer, Task
 from zsplit.config import Config, to_toml
-from zsplit.errors import ConfigError, ZsplitError
+from zsplit.errors import ConfigError
+from zsplit.restarts import ALLOWED
+from zsplit.supervise import Broker, Household, Place, has_versions
+from zsplit_broker.journal import JOURNAL
+from zsplit_broker.record import SUMMARY, read_config
 
 if TYPE_CHECKING:
     from torch import nn
 
     from zsplit.data import Data
 
-STOP_SECONDS = 2.0
-"""How long processes have to leave once they were told to; then they are killed."""
-
-
-NOTICE_SECONDS = 3.0
-"""How long the broker has to end a run of which a peer told it that it failed; one that never began goes on."""
-
-
-class Place(NamedTuple):
-    """Where a run is: the broker's address, what it publishes, its folder."""
-
-    address: str
-    events: str
-    folder: Path
+Watch = Callable[[Place, Callable[[], bool]], object]
+"""Shows a run until the function that it is given says that it is over."""
 
 
 class Result(NamedTuple):
@@ -55,45 +44,88 @@ class Result(NamedTuple):
     summary: dict[str, Any]
 
 
+class Manner(NamedTuple):
+    """How processes are started and looked after, whatever the run is.
+
+    `allow` are the modules of which the config may name functions (`zsplit.own`). `restarts` is how often each process
+    that is killed is started again; `say` is told so. Where SIGTERM `drains`, the round under way is finished first.
+    """
+
+    device: str = ""
+    watch: Watch | None = None
+    allow: Collection[str] = ()
+    restarts: int = ALLOWED
+    say: Callable[[str], None] = lambda _: None
+    drains: bool = False
+
+
 def run_here(
     config: Config,
     out: str | None = None,
     model: "nn.Module | None" = None,
     data: "Data | None" = None,
     device: str = "",
-    watch: Callable[[Place, Callable[[], bool]], object] | None = None,
+    watch: Watch | None = None,
     allow: Collection[str] = (),
+    restarts: int = ALLOWED,
+    say: Callable[[str], None] = lambda _: None,
+    drains: bool = False,
 ) -> Result:
-    """Run to the end on this machine; return how it went.
+    """Run to the end on this machine; return how it went. An unfinished run of the same config in `out` is resumed.
 
     `allow` are the modules of which the config may name functions (`zsplit.own`). `watch` is called once the
-    processes have been started, with a function that says whether the run is still on, and shows it until then.
+    processes have been started, with a function that says whether the run is still on, and shows it until then; it
+    has to call that function often, since it is what sees to the processes. One that is killed is started again, at
+    most `restarts` times, and `say` is told so. Where SIGTERM `drains`, it ends the run after the round under way.
     Ctrl-C stops everything and is raised again as `Interrupted`.
     Raises ZsplitError where a process cannot start.
     """
     objects = _objects(config, model, data)
-    config = share_cores(_named(config, model, data))
-    if config.data.download:
-        from zsplit.data import fetch_originals
+    config = deal_cores(_named(config, model, data), out or config.run.out)
+    _fetch(config)
+    with _written(config) as file:
+        broker = _listening([file, *(["--out", out] if out else [])])
+    return _run(config, broker, objects, Manner(device, watch, allow, restarts, say, drains))
 
-        fetch_originals(config)  # here, where its progress is seen
-    with _broker(config, out) as (process, place):
-        peers: list[Peer] = []
+
+def resume_here(folder: Path, manner: Manner) -> Result:
+    """Go on with the unfinished run in a folder, with its own config; otherwise as `run_here`.
+
+    Raises ConfigError where there is none, or where a script handed its data over: nobody else can.
+    """
+    config = read_config(folder)
+    if config.data.name == "own":
+        raise ConfigError(
+            f"The data of {folder} came from a script: start that script again, with the same folder in `run_here`."
+        )
+    _fetch(config)
+    return _run(config, _listening(["--resume", str(folder)]), _objects(config, None, None), manner)
+
+
+def _run(config: Config, broker: Broker, objects: Mapping[str, bytes], manner: Manner) -> Result:
+    """Start the peers of a broker that listens, and see to all of them until the run is over."""
+    with contextlib.closing(broker):
+        place = broker.listen()
+        peers = [Peer(task) for task in _tasks(config, place, objects, manner)]
+        household = Household(broker, peers, manner.restarts, manner.say)
         try:
-            for peer in _peers(config, place, objects, device, tuple(allow)):
-                peers.append(peer)
-            if watch is not None:
-                watch(place, lambda: process.poll() is None and not any(peer.failed for peer in peers))
-            failed = _wait(process, peers, place.folder)
+            with _drained(household) if manner.drains else contextlib.nullcontext():
+                for peer in peers:
+                    peer.start()
+                if manner.watch is not None:
+                    manner.watch(place, household.still_on)
+                while household.still_on():
+                    household.pause()
+            failed = household.failure()
         except KeyboardInterrupt:
-            _stop(process, peers, place.folder)
-            raise Interrupted(_result(process, place)) from None
+            household.stop()
+            raise Interrupted(_result(broker, household, place.folder)) from None
         finally:
-            _stop(process, peers, place.folder)
-        result = _result(process, place)
+            household.stop()
+        result = _result(broker, household, place.folder)
         if failed is None:
             return result
-        if not result.summary:
+        if not result.summary and not has_versions(place.folder):
             raise failed
         return result._replace(sentence=f"{failed}; {result.sentence}")
 
@@ -149,96 +181,70 @@ def share_cores(config: Config) -> Config:
     )
 
 
+def deal_cores(config: Config, folder: str) -> Config:
+    """Return the config with the cores dealt out; as they were, where the folder has a run that is to be resumed.
+
+    Numbers of threads are part of what a result depends on, and this machine may have other cores than that one.
+    """
+    replace = msgspec.structs.replace
+    if folder and (Path(folder).expanduser() / JOURNAL).exists():
+        with contextlib.suppress(ConfigError):  # the broker says what is wrong with the folder
+            before = read_config(Path(folder).expanduser())
+            return replace(
+                config,
+                server=replace(config.server, threads=config.server.threads or before.server.threads),
+                client=replace(config.client, threads=config.client.threads or before.client.threads),
+            )
+    return share_cores(config)
+
+
+def _fetch(config: Config) -> None:
+    """Download what the config asks for: here, where its progress is seen."""
+    if config.data.download:
+        from zsplit.data import fetch_originals
+
+        fetch_originals(config)
+
+
+def _listening(arguments: list[str]) -> Broker:
+    """Start a broker with these arguments and return it once it listens. Raises ZsplitError where it does not."""
+    broker = Broker(arguments)
+    try:
+        broker.start()
+        broker.listen()
+    except BaseException:
+        broker.close()
+        raise
+    return broker
+
+
 @contextlib.contextmanager
-def _broker(config: Config, out: str | None) -> Iterator[tuple["subprocess.Popen[str]", Place]]:
-    """Start the broker; yield it and where it is once it listens. Raises ZsplitError where it does not start."""
+def _written(config: Config) -> Iterator[str]:
+    """Write the config to a file of its own, which is gone again afterwards."""
     with tempfile.NamedTemporaryFile("w", suffix=".toml") as file:
         file.write(to_toml(config))
         file.flush()
-        command = [sys.executable, "-m", "zsplit_broker", file.name, "--json", "--attached"]
-        with subprocess.Popen(  # noqa: S603  (our own program)
-            command + (["--out", out] if out else []),
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            start_new_session=True,  # Ctrl-C is ours to pass on
-        ) as process:
-            place = _place(process)
-            file.close()  # it was read, and is gone now, whatever this process is killed by
-            try:
-                yield process, place
-            finally:
-                process.kill()
+        yield file.name
 
 
-def _place(process: "subprocess.Popen[str]") -> Place:
-    """Wait until the broker says where it listens. Raises ZsplitError with its sentence where it ends instead."""
-    assert process.stdout is not None
-    line = process.stdout.readline()
-    if not line:
-        error = ZsplitError(_last_line(process) or "The broker did not start.")
-        error.exit_code = process.wait()
-        raise error
-    told = json.loads(line)
-    return Place(told["address"], told["events"], Path(told["out"]))
+@contextlib.contextmanager
+def _drained(household: Household) -> Iterator[None]:
+    """Have SIGTERM end the run after the round under way."""
+    before = signal.signal(signal.SIGTERM, lambda *_: household.drain())
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
-def _peers(
-    config: Config, place: Place, objects: dict[str, bytes], device: str, allowed: tuple[str, ...]
-) -> Iterator[Peer]:
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["zsplit.train.nursery"])
+def _tasks(config: Config, place: Place, objects: Mapping[str, bytes], manner: Manner) -> Iterator[Task]:
+    """Yield what each peer is to be."""
     logs = place.folder / "logs"
     logs.mkdir(exist_ok=True)
     for role, index in [("server", 0), *(("client", i) for i in range(config.schedule.clients))]:
-        name = f"{role} {index}"
-        ours, theirs = context.Pipe(duplex=False)
-        log = logs / f"{role}-{index}.log"
-        task = Task(role, index, place.address, device, objects[role], Path.cwd(), log, allowed)
-        process = context.Process(target=live, args=(task, theirs), name=f"zsplit {name}", daemon=True)
-        process.start()
-        theirs.close()
-        yield Peer(name, process, ours)
-
-
-def _wait(process: "subprocess.Popen[str]", peers: list[Peer], folder: Path) -> ZsplitError | None:
-    """Wait until the broker has ended (return None), or a peer failed and it does not end (return why)."""
-    assert process.stdout is not None
-    waiting = [peer.process.sentinel for peer in peers]
-    while process.poll() is None:
-        wait([process.stdout.fileno(), *waiting])  # the broker's output ends with it
-        if (failed := next((peer for peer in peers if peer.failed), None)) is not None:
-            told = failed.last_words is not None and _has_versions(folder)
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(NOTICE_SECONDS if told else 0)
-                return None
-            return failed.failure()
-        waiting = [peer.process.sentinel for peer in peers if peer.process.exitcode is None]
-        if not waiting:
-            process.wait()
-    return None
-
-
-def _stop(process: "subprocess.Popen[str]", peers: list[Peer], folder: Path) -> None:
-    """Tell the broker to end the run, give everybody a moment, and kill who is still there."""
-    if not _has_versions(folder):
-        _kill(peers)  # they have nothing to finish, and may be loading for seconds
-    until = time.monotonic() + STOP_SECONDS
-    if process.poll() is None:
-        process.terminate()
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        process.wait(STOP_SECONDS)
-    for peer in peers:
-        peer.process.join(max(0.0, until - time.monotonic()))
-    _kill(peers)
-
-
-def _kill(peers: list[Peer]) -> None:
-    for peer in peers:
-        peer.process.kill()
-    for peer in peers:
-        peer.process.join()
+        log, allowed = logs / f"{role}-{index}.log", tuple(manner.allow)
+        trap = crash.variables()
+        yield Task(role, index, place.address, manner.device, objects[role], Path.cwd(), log, allowed, trap)
 
 
 def _tidy(folder: Path) -> None:
@@ -251,24 +257,13 @@ def _tidy(folder: Path) -> None:
         folder.rmdir()
 
 
-def _result(process: "subprocess.Popen[str]", place: Place) -> Result:
+def _result(broker: Broker, household: Household, folder: Path) -> Result:
     """Return how a run went, from its summary; without one it never began, or its broker died."""
-    file = place.folder / "summary.json"
-    if file.exists():
-        summary = json.loads(file.read_text())
-        return Result(process.returncode == 0, summary["sentence"], place.folder, summary)
-    _tidy(place.folder)
-    sentence = _last_line(process) or f"the broker {death(process.returncode)}"
-    if _has_versions(place.folder):
-        sentence += "; what it stored is kept, and the folder can be resumed"
-    return Result(False, sentence, place.folder, {})
-
-
-def _has_versions(folder: Path) -> bool:
-    return any(folder.glob("versions/*.safetensors"))
-
-
-def _last_line(process: "subprocess.Popen[str]") -> str:
-    """Return the last line that a process said before it ended: its sentence."""
-    assert process.stderr is not None
-    return process.stderr.read().strip().rpartition("\n")[2].removeprefix("zsplit broker: ")
+    if broker.concluded:
+        summary = json.loads((folder / SUMMARY).read_text())
+        return Result(summary["ok"], summary["sentence"], folder, summary)
+    _tidy(folder)
+    sentence = household.words()
+    if has_versions(folder):
+        sentence += f"; what it stored is kept, and `zsplit resume {folder}` goes on with it"
+    return Result(False, sentence, folder, {})

@@ -1,4 +1,4 @@
-"""Options that several commands have."""
+"""What several commands have: options, and a voice."""
 
 import sys
 from pathlib import Path
@@ -6,6 +6,9 @@ from pathlib import Path
 import click
 
 set_option = click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Set a key; repeatable.")
+device_option = click.option(
+    "--device", default="", metavar="DEVICE", help="auto, cpu, cuda:0 or mps; the config's otherwise."
+)
 json_option = click.option("--json", "as_json", is_flag=True, help="Answer in JSON.")
 
 
@@ -23,3 +26,8 @@ allow_option = click.option(
     callback=_find_here,
     help="Let the config name functions of this module, as package.module:function; repeatable.",
 )
+
+
+def say(sentence: str) -> None:
+    """Tell the person at this terminal; stdout is for results."""
+    click.echo(sentence, err=True)

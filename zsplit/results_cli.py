@@ -11,7 +11,7 @@ import msgspec
 
 from zsplit.config import Config
 from zsplit.errors import RunFailedError, StorageError, ZsplitError
-from zsplit.options import allow_option, json_option
+from zsplit.options import allow_option, json_option, say
 from zsplit.results import RunFolder, open_run
 
 if TYPE_CHECKING:
@@ -135,7 +135,7 @@ def _run(config: Config, folder: Path, device: str, allow: tuple[str, ...]) -> R
 
     clear(folder)
     try:
-        result = run_here(config, str(folder), device=device, allow=allow)
+        result = run_here(config, str(folder), device=device, allow=allow, say=say)
     except Interrupted as stopped:
         raise KeyboardInterrupt from stopped
     if not result.ok:

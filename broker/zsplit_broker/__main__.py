@@ -21,7 +21,15 @@ if TYPE_CHECKING:
 @click.argument("config", required=False, type=click.Path(path_type=Path))
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Set a key of the config; repeatable.")
 @click.option("--plan", default="", metavar="FILE", help="Use the plan.json of an earlier run again (plan.file).")
-@click.option("--out", help="The run's folder; it must not exist yet.  [default: runs/NAME-N]")
+@click.option(
+    "--out", help="The run's folder; an unfinished run of the same config there is resumed.  [default: runs/NAME-N]"
+)
+@click.option(
+    "--resume",
+    type=click.Path(path_type=Path),
+    metavar="RUN",
+    help="Go on with the unfinished run in this folder; clients and servers find it by themselves.",
+)
 @click.option(
     "--serve",
     type=click.Path(path_type=Path),
@@ -36,6 +44,7 @@ def broker(
     overrides: tuple[str, ...],
     plan: str,
     out: str | None,
+    resume: Path | None,
     serve: Path | None,
     as_json: bool,
     attached: bool,
@@ -45,9 +54,13 @@ def broker(
     try:
         crash.arm()
         if serve is not None:
-            if config or plan or out:
-                raise ConfigError("--serve takes all from the run's folder: leave CONFIG, --plan and --out out.")
+            if config or plan or out or resume:
+                raise ConfigError("--serve takes all from the run's folder: leave CONFIG, --plan, --out, --resume out.")
             sys.exit(_serve(serve, overrides, as_json, attached))
+        if resume is not None:
+            if config or plan or out or overrides:
+                raise ConfigError("--resume takes all from the run's folder: leave CONFIG, --set, --plan, --out out.")
+            sys.exit(_resume(resume.expanduser(), as_json, attached))
         sys.exit(_run(load_config(config, with_plan(overrides, plan)), out, as_json, attached))
     except ZsplitError as error:
         if debug:
@@ -65,6 +78,14 @@ def _run(config: Config, out: str | None, as_json: bool, attached: bool) -> int:
     from zsplit_broker.process import run_broker
 
     return _ended(run_broker(config, out, partial(_say_where, config, as_json), attached))
+
+
+def _resume(run: Path, as_json: bool, attached: bool) -> int:
+    from zsplit_broker.process import run_broker
+    from zsplit_broker.record import read_config
+
+    config = read_config(run)
+    return _ended(run_broker(None, str(run), partial(_say_where, config, as_json), attached))
 
 
 def _serve(run: Path, overrides: tuple[str, ...], as_json: bool, attached: bool) -> int:

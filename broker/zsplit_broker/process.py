@@ -12,18 +12,18 @@ from threading import Thread
 import msgspec
 
 from zsplit import crash
-from zsplit.config import Config, load_config
+from zsplit.config import Config
 from zsplit.errors import ConfigError, StorageError
 from zsplit.memory import keep_freed
 from zsplit_broker.events import Damaged, Finish
 from zsplit_broker.journal import JOURNAL, Journal
 from zsplit_broker.loop import Broker
 from zsplit_broker.record import (
-    CONFIG,
-    SUMMARY,
     choose_folder,
     create_folder,
+    is_concluded,
     put_timeline_aside,
+    read_config,
     read_plans,
     remove_folder,
     write_plans,
@@ -82,13 +82,13 @@ def _begun(stack: ExitStack, config: Config, folder: Path) -> tuple[Broker, Sock
 
 def _resumed(stack: ExitStack, asked: Config | None, folder: Path) -> tuple[Broker, Sockets]:
     """Return a broker that takes up what the journal in the folder says."""
-    config = load_config(folder / CONFIG)
+    config = read_config(folder)
     journal = stack.enter_context(Journal.open(folder))
     if asked is not None:
         _compare(config, asked, folder)
         config = msgspec.structs.replace(config, broker=asked.broker)
     scheduler = restore(config, _replayed(journal.entries))
-    if scheduler.outcome is not None and scheduler.outcome.ok and (folder / SUMMARY).exists():
+    if scheduler.outcome is not None and scheduler.outcome.ok and is_concluded(folder):
         raise ConfigError(f"{folder} holds a run that is finished: choose another --out to train anew.")
     sockets = stack.enter_context(bound(config, scheduler.ports))
     put_timeline_aside(folder, scheduler.epoch)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import msgspec
 
-from zsplit.config import Config, to_toml
+from zsplit.config import Config, load_config, to_toml
 from zsplit.errors import ConfigError, StorageError
 from zsplit.plan import Situation
 from zsplit.plan import file as plan_file
@@ -51,6 +51,20 @@ def create_folder(folder: Path, config: Config) -> None:
         raise StorageError(f"cannot write to {folder}: {error.strerror}; choose another --out") from error
 
 
+def check_folder(folder: Path) -> None:
+    """Raise ConfigError where no run is in a folder."""
+    if not folder.is_dir():
+        raise ConfigError(f"There is no run {folder}: give the folder of a run, such as runs/digits-1.")
+    if not (folder / CONFIG).is_file():
+        raise ConfigError(f"{folder} is no run's folder, it has no {CONFIG}: give one such as runs/digits-1.")
+
+
+def read_config(folder: Path) -> Config:
+    """Return the config that the run in a folder has. Raises ConfigError where there is none, or it is damaged."""
+    check_folder(folder)
+    return load_config(folder / CONFIG)
+
+
 def remove_folder(folder: Path) -> None:
     """Remove what the broker put into a folder, and the folder where nothing else is in it."""
     for name in (CONFIG, JOURNAL, LOCK, PLAN, PROFILE, SUMMARY, TIMELINE):
@@ -91,6 +105,13 @@ def put_timeline_aside(folder: Path, epoch: int) -> None:
 def write_summary(folder: Path, summary: dict[str, object]) -> None:
     """Write `summary.json`, whole or not at all. Raises StorageError."""
     _write(folder, SUMMARY, json.dumps(summary, indent=2).encode() + b"\n")
+
+
+def is_concluded(folder: Path) -> bool:
+    """Whether the summary in a folder is that of a run that finished."""
+    with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
+        return bool(json.loads((folder / SUMMARY).read_text(encoding="utf-8"))["ok"])
+    return False
 
 
 def write_situation(folder: Path, situation: Situation) -> None:

@@ -104,6 +104,10 @@ class Board:
         self._keep(event)
         return True
 
+    def note(self, event: LogEvent) -> None:
+        """Put a line among the broker's that is not the broker's."""
+        self._keep(event)
+
     def age(self, peer: ClientEvent | ServerEvent, now: float) -> float:
         """Return the seconds since a peer's last sign of life, as the broker's clock has it."""
         return peer.age + max(0.0, now + self._ahead - peer.time)

@@ -4,7 +4,7 @@ It runs in the caller's thread until the run has ended, and nothing waits for it
 sent the last value of each topic, one that goes is not missed.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from math import ceil, inf
 from time import monotonic
@@ -16,7 +16,7 @@ import zmq
 from zsplit.errors import LinkError, RemoteProtocolError, ZsplitError
 from zsplit.monitor import figures
 from zsplit.monitor.board import SCHEMA, Board
-from zsplit.wire.events import AnyEvent, RunEvent
+from zsplit.wire.events import AnyEvent, LogEvent, RunEvent
 
 Socket = zmq.Socket[bytes]
 
@@ -61,11 +61,13 @@ def watch(
     poll: Callable[[], bool] = lambda: True,
     silence: float = SILENCE,
     patience: float = inf,
+    notes: Callable[[], Iterable[LogEvent]] = tuple,
 ) -> RunEvent | None:
     """Show the run that is published at a zmq endpoint until it has ended; return its last run event.
 
     It ends sooner when `poll`, called every `REFRESH` seconds in this thread, returns False, or when nothing
-    came for `silence` seconds: the state of the returned event, or None where none came, tells which. Raises
+    came for `silence` seconds: the state of the returned event, or None where none came, tells which. `notes`, called
+    after it, has lines that whoever watches wants to be shown among the broker's. Raises
     LinkError for an impossible endpoint or when nothing at all came within `patience` seconds,
     RemoteProtocolError when what came was no event. Whatever is raised, KeyboardInterrupt too, the view has
     been left and the socket closed.
@@ -76,10 +78,12 @@ def watch(
         while poll() and not board.ended and not _is_silent(board, silence):
             if board.heard is None and monotonic() - began > patience:
                 raise _nothing(endpoint, board, patience)
+            _note(notes(), board, view)
             view.show(board, monotonic())
             _listen(socket, board, view, REFRESH)
         if board.ended:
             _listen(socket, board, view, LINGER)
+        _note(notes(), board, view)
         view.show(board, monotonic())
     return board.run
 
@@ -100,6 +104,12 @@ def _subscription(endpoint: str) -> Iterator[Socket]:
                 f"{endpoint} is no address to connect to ({error}): give one like tcp://HOST:PORT"
             ) from error
         yield socket
+
+
+def _note(notes: Iterable[LogEvent], board: Board, view: View) -> None:
+    for event in notes:
+        board.note(event)
+        view.take(event)
 
 
 def _listen(socket: Socket, board: Board, view: View, duration: float) -> None:

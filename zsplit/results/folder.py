@@ -5,12 +5,11 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from zsplit.config import Config, load_config
+from zsplit.config import Config
 from zsplit.errors import ConfigError, RemoteProtocolError, StorageError
 from zsplit.wire.events import RoundEvent, decode_event
-from zsplit_broker.record import SUMMARY
+from zsplit_broker.record import SUMMARY, check_folder, read_config
 
-CONFIG = "config.toml"
 METRICS = "metrics.jsonl"
 MODEL = "model.safetensors"
 VERSIONS = "versions"
@@ -23,7 +22,7 @@ class RunFolder(NamedTuple):
 
     def config(self) -> Config:
         """Return the config that the run had. Raises ConfigError where the file is damaged."""
-        return load_config(self.path / CONFIG)
+        return read_config(self.path)
 
     def summary(self) -> dict[str, Any]:
         """Return `summary.json`; empty where the run goes on, or its broker was killed. Raises StorageError."""
@@ -66,10 +65,7 @@ class RunFolder(NamedTuple):
 def open_run(path: Path) -> RunFolder:
     """Return the run in a folder. Raises ConfigError where there is none."""
     path = path.expanduser()
-    if not path.is_dir():
-        raise ConfigError(f"There is no run {path}: give the folder of a run, such as runs/digits-1.")
-    if not (path / CONFIG).is_file():
-        raise ConfigError(f"{path} is no run's folder, it has no {CONFIG}: give one such as runs/digits-1.")
+    check_folder(path)
     return RunFolder(path)
 
 

@@ -33,14 +33,16 @@ def run_server(
     connect_seconds: float = CONNECT_SECONDS,
     data: Data | None = None,
     allow: Collection[str] = (),
+    index: int = -1,
 ) -> str:
     """Serve until the run is over; return the broker's last sentence. Raises ZsplitError where it failed.
 
+    `index` is which server this is, −1 the next free one: one that is started again takes its own place at once.
     A SIGTERM has it leave when its turns are over, a second one at once.
     `shape` is that of one sample, for data that only the clients know. Where labels live at the server
     (`train.labels = "server"`) it needs the data as well: `data`, or what the config names.
     """
-    link = Link(broker, "server", say=say)
+    link = Link(broker, "server", index, say=say)
 
     def work() -> Finish:
         crash.at("server.start")
