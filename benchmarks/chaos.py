@@ -54,6 +54,9 @@ LOSS, DOUBLE = 0.02, 0.02
 LOOK_SECONDS = 0.02
 """How often it is looked at what is due, and who has ended."""
 
+MOST_LOADING = 1
+"""Peers that may be away or loading when another process is killed: importing torch takes seconds of a core."""
+
 ALONE_SECONDS = 30.0
 """How long nothing else happens after a fault that is looked at alone."""
 
@@ -174,14 +177,17 @@ class Chaos:
         if self._next is None:
             self._next = next(self.drawn)
             self._due = now + self._next.pause
-        if now < self._due or (self._alone(self._next) and (self._agenda or self._busy)):
+        if now < self._due or self._must_wait(self._next):
             return
         fault, self._next = self._next, None
         if self._inject(fault, now):
             self.injected[fault.kind] += 1
 
-    def _alone(self, fault: Fault) -> bool:
-        return fault.alone or fault.kind == "duplicate client"
+    def _must_wait(self, fault: Fault) -> bool:
+        """Whether a fault is to find all others over, or would take away more processes than this machine can load."""
+        alone = fault.alone or fault.kind == "duplicate client"
+        loading = len(self.watch.loading)
+        return loading > (0 if alone else MOST_LOADING) or (alone and bool(self._busy))
 
     def _inject(self, fault: Fault, now: float) -> bool:
         """Do it, unless whom it is meant for is under another one; return whether it was done."""
@@ -215,6 +221,7 @@ class Chaos:
         goal = BACK_SECONDS + (LEASE if member.role == "server" else 0.0)
         trial = self.watch.trial(fault.kind, member.name, goal) if fault.alone else None
         member.kill()
+        self.watch.killed(member.name)
 
         def again() -> None:
             member.start()

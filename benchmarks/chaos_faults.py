@@ -21,7 +21,7 @@ KINDS: Mapping[str, int] = {
 }
 """Every kind of fault that comes at its time, and how often beside the others. Messages are lost and doubled always."""
 
-GAP = 2.0
+GAP = 3.0
 """Mean seconds between two faults."""
 
 SHORT, LONG = (0.1, 0.6), (1.3, 2.5)

@@ -45,6 +45,7 @@ class Watch:
         self.injected: Counter[str] = Counter()
         self.moved = time.monotonic()
         self.trials: list[Trial] = []
+        self.loading: set[str] = set()
         self._seed, self._loss, self._double = seed, loss, double
         self._turns: dict[str, list[Turn]] = {}
         self._progress: dict[str, Progress] = {}
@@ -97,6 +98,12 @@ class Watch:
             self.trials.append(trial)
             return trial
 
+    def killed(self, who: str) -> None:
+        """A process was killed. A peer is loading from now on, until it says that it is prepared."""
+        if who != "broker":
+            with self._lock:
+                self.loading.add(who)
+
     def restarted(self, who: str) -> None:
         """A process that was killed has been started again."""
         with self._lock:
@@ -126,8 +133,11 @@ class Watch:
                 self.jobs.update({job.lease: job for job in jobs})
                 if who.startswith("client"):
                     self._turns[who] = [job for job in jobs if isinstance(job, Turn)]
-            case Beat() if up and who.startswith("client"):
-                self._beat(who, message, now)
+            case Beat(prepared=prepared) if up:
+                if prepared is not None:
+                    self.loading.discard(who)
+                if who.startswith("client"):
+                    self._beat(who, message, now)
             case _:
                 pass
 
