@@ -89,7 +89,7 @@ def test_ctrl_c_stops_everything_and_says_what_was_kept(processes: Processes) ->
     summary = json.loads((processes.folder / "out" / "summary.json").read_text())
     assert run.err == [f"zsplit: {summary['sentence']}."]
     assert f"The last version, {summary['stored'][-1][:12]}, is kept" in run.err[0]
-    assert "and the folder can be resumed" in run.err[0]
+    assert "`zsplit resume out` goes on with it" in run.err[0]
     assert run.out[-1] == "Everything is in out"
 
 

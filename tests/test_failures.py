@@ -30,7 +30,7 @@ LEASE = 3.0
 
 IMPATIENT = ("broker.port=0", *QUICK, f"link.lease_seconds={LEASE}", "link.beat_seconds=0.5")
 
-KEPT = r"The last version, (\w{12}), is kept \((\d+) of \d+ rounds are done\), and the folder can be resumed"
+KEPT = r"The last version, (\w{12}), is kept \((\d+) of \d+ rounds are done\): `zsplit resume \S+` goes on"
 """What a run that ends early says last, as a pattern."""
 
 

@@ -312,7 +312,7 @@ def test_draining_ends_the_run_when_the_version_of_the_round_is_stored(policy: s
     assert outcome is not None
     assert not outcome.ok
     assert outcome.sentence.startswith("stopped by SIGTERM. The last version, ")
-    assert "(1 of 3 rounds are done), and the folder can be resumed" in outcome.sentence
+    assert "(1 of 3 rounds are done): `zsplit resume RUN` goes on with it" in outcome.sentence
     play.tell(Started(2))
     for peer in play.peers:
         play.tell(play.joined(peer))

@@ -190,7 +190,7 @@ def test_a_damaged_version_is_said_and_the_one_before_it_used(processes: Process
     broker.process.send_signal(signal.SIGINT)
     for command in processes.started:
         command.wait()
-    assert "the folder can be resumed" in broker.err[-1]
+    assert "`zsplit resume out` goes on with it" in broker.err[-1]
 
 
 def test_a_broker_that_died_before_its_run_s_model_was_written_writes_it_when_it_is_started_again(

@@ -957,7 +957,7 @@ def test_a_peer_that_says_that_nobody_can_go_on_ends_the_run_with_its_name_and_w
     assert finish == Finish(
         False,
         "client 2 is gone: The loss became nan. The last version, "
-        f"{kept}, is kept (0 of 2 rounds are done), and the folder can be resumed (zsplit resume)",
+        f"{kept}, is kept (0 of 2 rounds are done): `zsplit resume RUN` goes on with it",
     )
 
 

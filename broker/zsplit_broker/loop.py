@@ -121,6 +121,7 @@ class Broker:
         self.folder = folder
         self.journal = journal
         self.scheduler = scheduler or Scheduler(config)
+        self.scheduler.home = str(folder)
         self.router = Router(config, self.scheduler, run, (sockets.data_port, sockets.events_port))
         self.bulletin = Bulletin(self.scheduler, self.router, run, str(folder))
         self.versions = Versions(folder / "versions")
@@ -192,7 +193,7 @@ class Broker:
         while not self.exported and not self.stopping:
             if not begun or (self.full is not None and self.now() >= self._next_try):
                 begun, self.full = True, None
-                self.writer.submit(EXPORT, lambda: self.versions.export(digest, self.folder / "model.safetensors"))
+                self.writer.submit(EXPORT, lambda: self.versions.export(digest, self.folder / record.MODEL))
             self._turn()
         if self.stopping:
             return Finish(False, self.scheduler.ended(self.stopping))

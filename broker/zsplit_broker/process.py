@@ -21,6 +21,7 @@ from zsplit_broker.loop import Broker
 from zsplit_broker.record import (
     choose_folder,
     create_folder,
+    forget_ending,
     is_concluded,
     put_timeline_aside,
     read_config,
@@ -91,6 +92,7 @@ def _resumed(stack: ExitStack, asked: Config | None, folder: Path) -> tuple[Brok
     if scheduler.outcome is not None and scheduler.outcome.ok and is_concluded(folder):
         raise ConfigError(f"{folder} holds a run that is finished: choose another --out to train anew.")
     sockets = stack.enter_context(bound(config, scheduler.ports))
+    forget_ending(folder)
     put_timeline_aside(folder, scheduler.epoch)
     broker = Broker(config, journal.header["run"], folder, journal, sockets, scheduler=scheduler)
     broker.news += examine(scheduler, broker.versions)

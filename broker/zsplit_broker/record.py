@@ -18,6 +18,7 @@ from zsplit_broker.timeline import TIMELINE
 
 CONFIG = "config.toml"
 METRICS = "metrics.jsonl"
+MODEL = "model.safetensors"
 PLAN = "plan.json"
 PROFILE = "profile.json"
 SUMMARY = "summary.json"
@@ -94,6 +95,12 @@ def trim_metrics(folder: Path, rounds: int) -> int:
     if lines:
         _write(folder, METRICS, b"".join(line + b"\n" for line in kept))
     return len(kept)
+
+
+def forget_ending(folder: Path) -> None:
+    """Remove what says how the run ended: it goes on."""
+    for name in (SUMMARY, MODEL):
+        (folder / name).unlink(missing_ok=True)
 
 
 def put_timeline_aside(folder: Path, epoch: int) -> None:

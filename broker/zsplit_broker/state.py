@@ -70,7 +70,7 @@ class State:
 
     `peers` are here, `known` those that ever were, `gone` those that were lost, with the time. The run goes on without
     the clients that are `away` until they come back, and without `missed` until the round is over; `moved` have been
-    given a later turn in it.
+    given a later turn in it. `home` is the run's folder, for sentences.
     """
 
     def __init__(self, config: Config) -> None:
@@ -85,6 +85,7 @@ class State:
         self.moved: set[int] = set()
         self.assembled: float | None = None
         self.draining = ""
+        self.home = "RUN"
         self.ports = (0, 0, 0)
         self.epoch = 0
         self.number = 0
@@ -277,7 +278,7 @@ class State:
             return f"{why}. Nothing was stored yet: start the run again"
         return (
             f"{why}. The last version, {self.stored[-1][:12]}, is kept ({len(self.history)} of "
-            f"{self.config.run.rounds} rounds are done), and the folder can be resumed (zsplit resume)"
+            f"{self.config.run.rounds} rounds are done): `zsplit resume {self.home}` goes on with it"
         )
 
     def base(self) -> Ref:

@@ -1,7 +1,7 @@
 """What the peers of `zsplit run` are forked from: a process that has loaded torch, and this module to do so.
 
-Until it has, Ctrl-C in the terminal ends it without a word; `zsplit run` says what there is to say. It has nothing to put
-in order when it ends, and to take torch apart piece by piece takes seconds on a busy machine: so it just goes.
+Until it has, Ctrl-C in the terminal ends it without a word; `zsplit run` says what there is to say. It has nothing to
+put in order when it ends, and to take torch apart piece by piece takes seconds on a busy machine: so it just goes.
 """
 
 import atexit
