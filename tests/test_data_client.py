@@ -100,6 +100,16 @@ class TestClientData:
         with pytest.raises(ConfigError, match=rf"There is no client {index}: with schedule\.clients = 4 .* 0 to 3\."):
             ClientData(Config(), index, numbered_data(40))
 
+    def test_one_beyond_the_last_has_data_in_an_elastic_run_in_which_all_have_all(self) -> None:
+        keys = {"schedule__clients": 2, "schedule__elastic": True}
+        beyond = "and one beyond them has data under data.partition = \"replicate\" only"
+        with pytest.raises(ConfigError, match=rf"There is no client 2: .* 0 to 1, {beyond}\."):
+            ClientData(config_of(**keys), 2, numbered_data(40))
+        config = config_of(**keys, data__partition="replicate")
+        first, beyond_all = (ClientData(config, client, numbered_data(40)) for client in (0, 2))
+        assert torch.equal(beyond_all.indices["train"], first.indices["train"])
+        assert (beyond_all.size("validation"), beyond_all.size("test")) == (0, 0)
+
     def test_too_few_classes_are_refused_at_once_where_they_are_known(self, digits: Data) -> None:
         with pytest.raises(ConfigError) as caught:
             ClientData(config_of(model__num_classes=7), 0, digits)

@@ -5,7 +5,7 @@ from random import Random
 
 import msgspec
 import pytest
-from helpers import Play, config_of, configs, fingerprint, sizes_for, unhurried
+from helpers import Play, config_of, configs, equal_shards, fingerprint, sizes_for, unhurried
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -371,3 +371,32 @@ def test_a_run_ends_whoever_stays_away(of: tuple[Storm, list[int]]) -> None:
     assert play.scheduler.outcome == Finish(True, "the run is finished"), play.scheduler.waits_for()
     again = restore(play.config, [msgspec.json.encode(entry) for entry in play.log])
     assert fingerprint(again) == fingerprint(play.scheduler)
+
+
+# Elastic runs
+
+
+@pytest.mark.parametrize("policy", ["parallel", "round_robin", "async"])
+def test_an_elastic_run_begins_with_few_and_goes_on_with_whoever_joins(policy: str) -> None:
+    reset = {"schedule__optimizer_state": "reset"} if policy == "async" else {}
+    longer = WAITING | {"run__rounds": 5, "run__eval_every": 1}
+    config = config_of(**longer, schedule__policy=policy, schedule__elastic=True, **reset)
+    play = Play(config, equal_shards(config) + equal_shards(config)[:1])
+    play.tell(Started(1))
+    play.peers = [("server", 0), ("client", 1)]
+    assert play.scheduler.missing() == ["a client", "a server"]
+    for peer in play.peers:
+        play.tell(play.joined(peer))
+    while len(play.scheduler.history) < 1:
+        play.go_on(events=1)
+    for late in (("client", 3), ("client", 0)):
+        play.peers.append(late)
+        play.tell(play.joined(late))
+    play.go_on()
+    assert play.scheduler.outcome == Finish(True, "the run is finished")
+    took_part = [sorted(record.clients) for record in play.scheduler.history]
+    assert took_part[0] == [1]
+    assert {client for clients in took_part for client in clients} == {0, 1, 3}
+    if policy != "async":
+        assert took_part[-1] == [0, 1, 3]
+    assert play.scheduler.history[-1].validation.samples == 12

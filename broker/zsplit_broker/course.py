@@ -146,6 +146,7 @@ class Course(State):
         match self.phase:
             case "waiting" if not self.missing():
                 self.began = self.now
+                self.away = set(self.members()) - set(self.clients)
                 self.phase = "measuring" if measures(self.config) else "initialising"
                 return True
             case "measuring" if not self.work and self.servers() and not self.survey.due(self.servers(), self.away):
@@ -223,7 +224,7 @@ class Course(State):
         if self.is_async:
             self.phase = "training"
             return
-        clients = participants(self.config, self.round, self.away)
+        clients = participants(self.config, self.round, self.eligible())
         self.stages = stages_of(self.config, clients, {client: self.steps(client) for client in clients})
         self._begin_stage(0)
 
@@ -289,8 +290,9 @@ class Course(State):
             busy = self._busy()
             begun = self.arrivals.turns.get(client, -1) + 1
             coming = self.arrivals.count + len(busy) + len(self.arrivals.contributions)
-            more = begun < rounds or (self.away and coming < rounds * clients)
-            if client not in busy and not self.arrivals.waits(client) and more:
+            open_to_all = self.away or self.config.schedule.elastic
+            wanted = coming < rounds * clients and (begun < rounds or open_to_all)
+            if wanted and client not in busy and not self.arrivals.waits(client):
                 share = Share(client, 0, self.steps(client))
                 turn = self._turn(share, self.least_loaded(), self.arrivals.begin(client))
                 self.bases[turn.lease] = self.arrivals.versions

@@ -37,7 +37,8 @@ class Plans:
         """Return each client's plan; none where the planner has not chosen yet."""
         if not self.current and plans_itself(self.config):
             return {}
-        return {client: self.of(client) for client in range(self.config.schedule.clients)}
+        beyond = {index for role, index in self._peers if role == "client"}
+        return {client: self.of(client) for client in sorted({*range(self.config.schedule.clients), *beyond})}
 
     @property
     def cut(self) -> str:

@@ -9,7 +9,7 @@ client (`shared_order = "turn"`), a merge follows the last of them. A round can 
     stage 1   client 1: steps 0 to 1
 """
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from random import Random
 
 from zsplit.config import Config
@@ -19,12 +19,12 @@ from zsplit.wire.messages import Share
 Stage = tuple[Share, ...]
 
 
-def participants(config: Config, round_: int, away: Collection[int] = ()) -> list[int]:
-    """Return the clients of this round, in order: all, or a sample drawn for the round (SplitFed, FedAvg).
+def participants(config: Config, round_: int, clients: Sequence[int] | None = None) -> list[int]:
+    """Return the clients of this round, in order: all of these, or a sample drawn for the round (SplitFed, FedAvg).
 
-    Who is `away` is none of them.
+    Without `clients` those of the config.
     """
-    everyone = [client for client in range(config.schedule.clients) if client not in away]
+    everyone = list(range(config.schedule.clients)) if clients is None else list(clients)
     size = config.schedule.clients_per_round
     if not size or size >= len(everyone):
         return everyone

@@ -82,7 +82,7 @@ class Router:
         clients = self.config.schedule.clients
         if hello.protocol != PROTOCOL:
             return refuse_protocol(hello.protocol)
-        if hello.role == "client" and hello.index >= clients:
+        if hello.role == "client" and hello.index >= clients and not self.config.schedule.elastic:
             return (
                 f"client index {hello.index} is out of range: this run has {clients} clients, "
                 f"0 to {clients - 1} (schedule.clients)"
@@ -153,7 +153,8 @@ class Router:
         if dead:
             return min(dead)
         taken = {index for role, index in (*self._by_peer, *self.scheduler.peers) if role == hello.role}
-        limit = self.config.schedule.clients if hello.role == "client" else len(taken) + 1
+        bounded = hello.role == "client" and not self.config.schedule.elastic
+        limit = self.config.schedule.clients if bounded else len(taken) + 1
         return next((i for i in range(limit) if i not in taken), None)
 
     def _welcome(self, token: str, index: int) -> Welcome:

@@ -288,7 +288,7 @@ class Scheduler(Course):
         """Whether what waits for this client can go on without it."""
         least = self.config.schedule.min_clients
         if self.phase != "training" or self.is_async:
-            others = set(range(self.config.schedule.clients)) - self.away - {client}
+            others = set(self.eligible()) - {client}
             return self.phase not in ("measuring", "training") or len(others) >= least
         if client not in {share.client for share in self.stages[self.stage]}:
             return True  # it is waited for with an evaluation only

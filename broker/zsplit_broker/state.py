@@ -170,8 +170,20 @@ class State:
 
     def missing(self) -> list[str]:
         """Return the names of the peers that the run waits for before it can begin."""
-        names = [f"client {i}" for i in range(self.config.schedule.clients) if ("client", i) not in self.peers]
+        schedule = self.config.schedule
+        names = [f"client {i}" for i in range(schedule.clients) if ("client", i) not in self.peers]
+        if schedule.elastic:
+            names = ["a client"] * (schedule.min_clients - len(self.clients))
         return names if self.servers() else [*names, "a server"]
+
+    def members(self) -> list[int]:
+        """Return the clients that belong to the run: those of the config, and whoever has joined beyond them."""
+        joined = {index for role, index in self.known if role == "client"}
+        return sorted({*range(self.config.schedule.clients), *joined})
+
+    def eligible(self) -> list[int]:
+        """Return the clients that may take part in a round: those that are not away."""
+        return [client for client in self.members() if client not in self.away]
 
     @property
     def seconds(self) -> float:
@@ -209,7 +221,7 @@ class State:
         busy = {evaluated_by(work.job) for work in self.work.values() if isinstance(work.job, Evaluate)}
         for part, round_, version in wanted:
             for through in passes if part == "test" else passes[:1]:
-                for client in range(self.config.schedule.clients):
+                for client in self.members():
                     if client in self.away or not getattr(self.prepared("client", client), part):
                         continue
                     each = Evaluated(part, round_, self.evaluation_plan(client, through).up, client)
@@ -223,7 +235,7 @@ class State:
         if self.phase == "measuring":
             due |= {client for _, client in self.survey.due(self.servers(), self.away) if client >= 0}
         if self.is_async and self.phase == "training":
-            due |= set(range(self.config.schedule.clients)) - self.away
+            due |= set(self.members()) - self.away
         return sorted(client for client in due if ("client", client) not in self.peers)
 
     def waits_for(self) -> str:
@@ -234,13 +246,13 @@ class State:
         if not self.servers():
             names.append("a server")
         elif self.phase == "validating" and not names and not self.trained and not self._enough():
-            here, least = self.config.schedule.clients - len(self.away), self.config.schedule.min_clients
+            here, least = len(self.eligible()), self.config.schedule.min_clients
             return f"the run needs {least} clients (schedule.min_clients) and has {here}: start more of them"
         return f"the run waits for {', '.join(names)}" if names else ""
 
     def _enough(self) -> bool:
         """Whether a round can begin with the clients that are not away."""
-        return self.config.schedule.clients - len(self.away) >= self.config.schedule.min_clients
+        return len(self.eligible()) >= self.config.schedule.min_clients
 
     def prepared(self, role: str, index: int) -> Prepared:
         """Return what a peer last said of itself; nothing of one that never was here."""

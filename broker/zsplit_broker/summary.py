@@ -50,36 +50,36 @@ def summarise(scheduler: Scheduler, run: str, folder: Path) -> dict[str, object]
         "predicted_step_seconds": median(scheduler.plans.predicted.values()) if scheduler.plans.predicted else None,
         "bytes": bytes_by_kind(everything.traffic),
         "bytes_raw": bytes_by_kind(everything.traffic_raw),
-        "idle": idle(history, config.schedule.clients, scheduler.servers()),
-        "bubble": bubble(history, config.schedule.clients, scheduler.servers()),
+        "idle": idle(history, scheduler.members(), scheduler.servers()),
+        "bubble": bubble(history, scheduler.members(), scheduler.servers()),
         "model_file": str(folder / "model.safetensors") if outcome and outcome.ok else "",
         "versions": [record.version for record in history],
         "stored": list(scheduler.stored),
     }
 
 
-def idle(history: Sequence[RoundRecord], clients: int, servers: Sequence[int]) -> dict[str, object]:
+def idle(history: Sequence[RoundRecord], clients: Sequence[int], servers: Sequence[int]) -> dict[str, object]:
     """Return the share of the training's wall time in which a peer did not compute: on average, and of each.
 
     A server computes in turns and merges; what it does for evaluations beside them does not count.
     """
     wall = sum(record.training for record in history)
-    computed_c = {c: sum(r.clients[c].busy for r in history if c in r.clients) for c in range(clients)}
+    computed_c = {c: sum(r.clients[c].busy for r in history if c in r.clients) for c in clients}
     computed_s = {k: sum(add(of[k] for of in (r.servers, r.merges) if k in of).busy for r in history) for k in servers}
     return {
-        "client": _rest(sum(computed_c.values()), wall * clients),
+        "client": _rest(sum(computed_c.values()), wall * len(clients)),
         "server": _rest(sum(computed_s.values()), wall * len(servers)),
         "clients": {str(c): _rest(busy, wall) for c, busy in computed_c.items()},
         "servers": {str(k): _rest(busy, wall) for k, busy in computed_s.items()},
     }
 
 
-def bubble(history: Sequence[RoundRecord], clients: int, servers: Sequence[int]) -> dict[str, object]:
+def bubble(history: Sequence[RoundRecord], clients: Sequence[int], servers: Sequence[int]) -> dict[str, object]:
     """Return the share of its turns that a peer waited for the other side: in all, and of each.
 
     A client waits within its own turns; a server while at least one turn is open at it and it does not compute.
     """
-    turns = {c: add(r.clients[c] for r in history if c in r.clients) for c in range(clients)}
+    turns = {c: add(r.clients[c] for r in history if c in r.clients) for c in clients}
     backs = {k: sum(r.servers[k].busy for r in history if k in r.servers) for k in servers}
     opened = {k: sum(r.open.get(k, 0.0) for r in history) for k in servers}
     return {

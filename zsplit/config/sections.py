@@ -203,6 +203,10 @@ class ScheduleSection(Section, frozen=True):
         Size, _is("seconds after which a round goes on without clients that have not finished; 0: never")
     ] = 0.0
     min_clients: Annotated[Count, _is("clients that must have finished for a round to end without the others")] = 1
+    elastic: Annotated[
+        bool,
+        _is("begin with `schedule.min_clients` clients; others join at any round, beyond `schedule.clients` too"),
+    ] = False
     mixing: Annotated[Share, _is("share of a client's result in the next version, if it is not stale (async)")] = 0.6
     mixing_power: Annotated[
         Size, _is("that share is multiplied by (staleness + 1) to the power of minus this (async)")

@@ -37,17 +37,24 @@ def indices_of(config: Config, client: int, shard: Tensor, n_test: int) -> dict[
     """Return what a client that has a shard of the training samples trains on, validates on and tests on.
 
     `validation` is the head of a permutation of the shard; test samples are dealt out in order. Where all have all
-    samples, they hold the same ones out and each evaluates its share: nobody trains on what another validates on.
+    samples, they hold the same ones out and each evaluates its share: nobody trains on what another validates on. One
+    beyond `schedule.clients` evaluates nothing.
     """
     seed, n_validation = config.run.seed, math.floor(config.data.val_fraction * len(shard))
     if isinstance(parse_partition(config.data.partition), Replicate):
         order = permutation(len(shard), seed, "validation")
-        mine = order[:n_validation].tensor_split(config.schedule.clients)[client]
+        mine = _share(order[:n_validation], config, client)
     else:
         order = permutation(len(shard), seed, "validation", client)
         mine = order[:n_validation]
-    test = torch.arange(n_test).tensor_split(config.schedule.clients)[client]
+    test = _share(torch.arange(n_test), config, client)
     return {"train": shard[order[n_validation:]], "validation": shard[mine], "test": test}
+
+
+def _share(samples: Tensor, config: Config, client: int) -> Tensor:
+    """Return what a client evaluates of these samples, of which each is evaluated by one."""
+    clients = config.schedule.clients
+    return samples.tensor_split(clients)[client] if client < clients else samples[:0]
 
 
 class ClientData:
@@ -60,16 +67,19 @@ class ClientData:
     """
 
     def __init__(self, config: Config, index: int, data: Data, labels_known: bool = True) -> None:
-        clients = config.schedule.clients
-        if not 0 <= index < clients:
-            raise ConfigError(
-                f"There is no client {index}: with schedule.clients = {clients} they are 0 to {clients - 1}."
-            )
+        clients, elastic = config.schedule.clients, config.schedule.elastic
+        for_all = elastic and isinstance(parse_partition(config.data.partition), Replicate)
+        if not 0 <= index < clients and not for_all:
+            more = ', and one beyond them has data under data.partition = "replicate" only' if elastic else ""
+            known = f"with schedule.clients = {clients} they are 0 to {clients - 1}"
+            raise ConfigError(f"There is no client {index}: {known}{more}.")
         _check_classes(config, data)
         self.index, self._config, self._data, self._labels_known = index, config, data, labels_known
         self._changes = parse_augment(config.data.augment)
         labels = (lambda: labels_of(data.train)) if labels_known else None
-        self.indices = indices_of(config, index, shards(config, len(data.train), labels)[index], len(data.test))
+        self.indices = indices_of(
+            config, index, shards(config, len(data.train), labels)[min(index, clients - 1)], len(data.test)
+        )
         self._order: tuple[tuple[int, int], Tensor] | None = None
 
     @property
