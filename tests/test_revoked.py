@@ -205,12 +205,12 @@ def figures(broker: Broker) -> dict[str, tuple[object, ...]]:
     }
 
 
-def turn_of(plan: Plan, number: int = 1, round_: int = 0, first: int = 0, count: int = 2) -> Turn:
+def turn_of(plan: Plan, number: int = 1, round_: int = 0, first: int = 0, count: int = 2, base: str = "base") -> Turn:
     return Turn(
         lease=Lease(1, number),
         client=0,
         server=0,
-        base=Ref("base", "broker"),
+        base=Ref(base, "broker"),
         plan=plan,
         round=round_,
         first=first,
