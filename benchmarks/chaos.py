@@ -60,8 +60,8 @@ MOST_LOADING = 1
 ALONE_SECONDS = 30.0
 """How long nothing else happens after a fault that is looked at alone."""
 
-STUCK_SECONDS = 90.0
-"""A run in which nothing moves for so long will not end by itself."""
+STUCK_SECONDS = 120.0
+"""A run in which no turn moves for so long after the last kill will not end by itself."""
 
 LONGEST_SECONDS = 1200.0
 """Nor will one that goes on for so long."""
@@ -194,9 +194,11 @@ class Chaos:
 
         The rest comes from the first moment on; a second process has to come after the first one.
         """
-        alone = fault.alone or fault.kind == "duplicate client"
-        loading = len(self.watch.loading)
-        return loading > (0 if alone else MOST_LOADING) or (alone and (bool(self._busy) or not self.watch.begun))
+        second = fault.kind == "duplicate client"
+        alone = fault.alone or second
+        if len(self.watch.loading) > (0 if alone else MOST_LOADING) or (second and not self.watch.begun):
+            return True
+        return alone and bool(self._busy)
 
     def _inject(self, fault: Fault, now: float) -> bool:
         """Do it, unless whom it is meant for is under another one; return whether it was done."""
