@@ -60,8 +60,11 @@ MOST_LOADING = 1
 ALONE_SECONDS = 30.0
 """How long nothing else happens after a fault that is looked at alone."""
 
-STUCK_SECONDS = 90.0
-"""A run in which nothing moves for so long will not end by itself."""
+STUCK_SECONDS = 120.0
+"""A run in which no turn moves for so long after the last kill will not end by itself."""
+
+LONGEST_SECONDS = 1200.0
+"""Nor will one that goes on for so long."""
 
 SETTINGS = (
     f"schedule.clients={COUNTS['client']}",
@@ -131,13 +134,14 @@ class Chaos:
         self._busy: set[str] = set()
         self._doubles: list[tuple[Member, str, float]] = []
         self._next: Fault | None = None
-        self._due = 0.0
+        self._due = self._until = 0.0
         self._trial: tuple[Trial | None, float] | None = None
 
     def run(self) -> None:
         """Go on until the broker has ended well. Raises FailedError where that will not be."""
         self.fleet.start()
-        self.watch.moved = time.monotonic()
+        self.watch.moved = self._due = time.monotonic()
+        self._until = self._due + LONGEST_SECONDS
         try:
             while self.fleet.broker.code is None:
                 self._look(time.monotonic())
@@ -158,7 +162,9 @@ class Chaos:
                 raise FailedError(f"{peer.name} ended by itself: {peer.last_words}")
         if now - self.watch.moved > STUCK_SECONDS:
             raise FailedError(f"nothing moved for {STUCK_SECONDS:g} s")
-        if self.watch.begun and self._may_go_on(now):
+        if now > self._until:
+            raise FailedError(f"it has not ended after {LONGEST_SECONDS:g} s")
+        if self._may_go_on(now):
             self._draw(now)
 
     def _may_go_on(self, now: float) -> bool:
@@ -184,10 +190,15 @@ class Chaos:
             self.injected[fault.kind] += 1
 
     def _must_wait(self, fault: Fault) -> bool:
-        """Whether a fault is to find all others over, or would take away more processes than this machine can load."""
-        alone = fault.alone or fault.kind == "duplicate client"
-        loading = len(self.watch.loading)
-        return loading > (0 if alone else MOST_LOADING) or (alone and bool(self._busy))
+        """Whether a fault is to find all others over, or would take away more processes than this machine can load.
+
+        The rest comes from the first moment on; a second process has to come after the first one.
+        """
+        second = fault.kind == "duplicate client"
+        alone = fault.alone or second
+        if len(self.watch.loading) > (0 if alone else MOST_LOADING) or (second and not self.watch.begun):
+            return True
+        return alone and bool(self._busy)
 
     def _inject(self, fault: Fault, now: float) -> bool:
         """Do it, unless whom it is meant for is under another one; return whether it was done."""
@@ -291,6 +302,8 @@ def disturbed(
         net = stack.enter_context(Net())
         fleet = stack.enter_context(Fleet(folder, home / "run", settings, COUNTS, net, watch))
         mine = [kind for kind in kinds if kind != "full disk" or disk is not None]
+        if mine != kinds:
+            say("no disk can be mounted here (it takes root): none runs full")
         chaos = Chaos(fleet, disk, faults(Random(seed), mine, LEASE) if mine else iter(()))
         try:
             chaos.run()

@@ -100,8 +100,9 @@ class Watch:
 
     def killed(self, who: str) -> None:
         """A process was killed. A peer is loading from now on, until it says that it is prepared."""
-        if who != "broker":
-            with self._lock:
+        with self._lock:
+            self.moved = time.monotonic()
+            if who != "broker":
                 self.loading.add(who)
 
     def restarted(self, who: str) -> None:

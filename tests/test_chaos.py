@@ -1,16 +1,30 @@
-"""The network that the chaos benchmark puts before each peer does what it says, to real sockets."""
+"""The chaos benchmark: its network does what it says to real sockets, its books find what is wrong, a run survives."""
 
+import json
+import os
+import random
+import subprocess
 import sys
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 
 import pytest
 import zmq
 from conftest import free_port, until
 
+from zsplit.wire.messages import Contribution, Job, Lease, Merge, Plan, Ref, Turn
+
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
+from chaos_books import trained
+from chaos_faults import KINDS, faults
 from chaos_net import Judge, Net, Proxy, Stream
+
+CHAOS = Path(__file__).parents[1] / "benchmarks" / "chaos.py"
+
+MINUTES, SEED = os.environ.get("ZSPLIT_CHAOS_MINUTES", "0.5"), os.environ.get("ZSPLIT_CHAOS_SEED", "1")
+"""How long runs are under random faults here, and which; at least one run is ended, whatever it takes."""
 
 HOST, TARGET = "127.0.0.2", "127.0.0.1"
 
@@ -152,3 +166,94 @@ def test_a_stream_is_taken_apart_the_same_however_it_comes() -> None:
         told = [(piece.raw, piece.first) for piece in pieces if piece.first is not None]
         assert told == list(zip(messages, (b"one", b"two", bytes(300)), strict=True))
         assert command in [piece.raw for piece in pieces]
+
+
+# Faults
+
+
+def test_a_seed_gives_the_same_faults_again_and_all_of_them() -> None:
+    def drawn(seed: int) -> list[object]:
+        return list(islice(faults(random.Random(seed), list(KINDS), 2.5), 500))
+
+    assert drawn(1) == drawn(1) != drawn(2)
+    assert {fault.kind for fault in islice(faults(random.Random(1), list(KINDS), 2.5), 500)} == set(KINDS)
+
+
+def test_a_process_is_stopped_for_less_or_for_more_than_its_lease() -> None:
+    for fault in islice(faults(random.Random(1), ["stop client (short)", "stop client (long)"], 2.5), 100):
+        assert (fault.seconds < 2.5) == ("short" in fault.kind)
+        assert fault.role == "client"
+
+
+# Books
+
+
+def turn(number: int, client: int, first: int, base: str) -> Turn:
+    """A turn of two steps in the first round, of four steps."""
+    return Turn(
+        lease=Lease(1, number),
+        client=client,
+        server=0,
+        base=Ref(base, "server.0"),
+        plan=Plan("pool"),
+        round=0,
+        first=first,
+        count=2,
+        epoch_steps=4,
+    )
+
+
+def merge(number: int, base: str, fronts: dict[int, str]) -> Merge:
+    inputs = tuple(Contribution(client, 1.0, Ref(digest, f"client.{client}")) for client, digest in fronts.items())
+    return Merge(lease=Lease(1, number), server=0, base=Ref(base, "server.0"), round=0, inputs=inputs)
+
+
+JOBS: list[Job] = [
+    turn(1, 0, 0, "v0"),
+    turn(2, 1, 0, "v0"),
+    turn(3, 1, 0, "v0"),  # the same again: its client was lost
+    merge(4, "v0", {0: "a", 1: "b"}),
+    turn(5, 0, 2, "v1"),
+    merge(6, "v1", {0: "c"}),
+    merge(7, "v1", {0: "c"}),  # the same again: its server was lost
+]
+RESULTS = ["a", "b", "b", "v1", "c", "v2", "v2"]
+
+
+def done(jobs: list[Job], results: list[str]) -> list[dict[str, object]]:
+    return [
+        {"lease": tuple(job.lease), "side": "client" if isinstance(job, Turn) else "server", "digest": result}
+        for job, result in zip(jobs, results, strict=True)
+    ]
+
+
+def test_steps_are_counted_along_the_merges_whoever_repeats_them() -> None:
+    counted = trained("v2", {job.lease: job for job in JOBS}, done(JOBS, RESULTS))
+    assert counted == {(0, 0, 0): 1, (0, 0, 1): 1, (0, 0, 2): 1, (0, 0, 3): 1, (1, 0, 0): 1, (1, 0, 1): 1}
+
+
+def test_a_turn_that_is_merged_again_on_top_of_itself_counts_twice() -> None:
+    jobs, results = [*JOBS, turn(8, 0, 2, "v2"), merge(9, "v2", {0: "d"})], [*RESULTS, "d", "v3"]
+    counted = trained("v3", {job.lease: job for job in jobs}, done(jobs, results))
+    assert {unit for unit, times in counted.items() if times == 2} == {(0, 0, 2), (0, 0, 3)}
+
+
+# Runs
+
+
+@pytest.mark.timeout(1800)  # a busy machine takes a while to load torch again and again
+def test_runs_under_random_faults_end_as_if_nothing_had_happened(tmp_path: Path) -> None:
+    file = tmp_path / "chaos.json"
+    command = [sys.executable, str(CHAOS), "--minutes", MINUTES, "--seed", SEED, "--rounds", "6", "--json", str(file)]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stderr + ended.stdout
+    figures = json.loads(file.read_text())
+    assert figures["survived"] == figures["identical"] == len(figures["runs"]) >= 1
+    assert figures["lost"] == figures["twice"] == 0
+    assert figures["injected"]
+
+
+def test_a_kind_of_fault_that_there_is_not_is_refused() -> None:
+    ended = subprocess.run([sys.executable, str(CHAOS), "--only", "flood"], capture_output=True, text=True, check=False)
+    assert ended.returncode == 2
+    assert "'flood' is none of kill client, kill server" in ended.stderr
