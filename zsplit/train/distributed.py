@@ -12,9 +12,7 @@ from copy import deepcopy
 from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
-from torch._C._distributed_c10d import GradBucket
 from torch.nn.parallel import DistributedDataParallel
 
 from zsplit.codec import DTYPES, NAMES
@@ -43,7 +41,7 @@ class Share:
         self._here = Slice()
         synchronise(half.part, self._here)
         half.count_with(self._here.elements)
-        self._joint = _joint(half)
+        self._joint: DistributedDataParallel | None = None
         self._made: dict[int, Made] = {}
 
     def forget(self) -> None:
@@ -69,9 +67,12 @@ class Share:
     def _run(self, x: Tensor) -> Tensor:
         """Run the part. No gradients are added up with this pass: its backward pass may come after others' forward."""
         if self._joint is None or not torch.is_grad_enabled():
-            return self._half.forward(x)
-        with self._joint.no_sync():
-            outputs: Tensor = self._joint(x)
+            outputs: Tensor = self._half.part(x)
+            if outputs.requires_grad and self._half.parameters:
+                self._joint = _joint(self._half, outputs)
+        else:
+            with self._joint.no_sync():
+                outputs = self._joint(x)
         return outputs
 
     def backward(self, command: Backward, whole: Tensor | None = None) -> Tensor | None:
@@ -89,26 +90,31 @@ class Share:
             # the backward passes of earlier micro-batches.
             self._joint.reducer.prepare_for_backward([outputs])
         torch.autograd.backward(outputs, gradients)
+        if command.last:
+            # It takes the mean over the processes; what each sample counts in the mini-batch is in the loss already.
+            Half.scale_gradients(self._half, self._team.size)  # in each process, untold
         if not x.requires_grad:
             return None
         return self._team.collect(x.grad if x.grad is not None else torch.zeros_like(x), here.total)
 
 
-def _joint(half: Half) -> DistributedDataParallel | None:
-    """Return what adds up the gradients of a back, None where it has nothing to learn."""
-    if not half.parameters:
-        return None
-    # The buffers that training moves are BatchNorm's, which are the same everywhere. Models may have parameters that
-    # their forward pass does not use.
-    joint = DistributedDataParallel(half.part, broadcast_buffers=False, find_unused_parameters=True)
-    joint.register_comm_hook(None, _add_up)
-    return joint
+def _joint(half: Half, outputs: Tensor) -> DistributedDataParallel:
+    """Return what adds up the gradients of a back, of whose first pass these are the outputs."""
+    unused = len(half.parameters) - len(_used(outputs) & {id(parameter) for parameter in half.parameters})
+    # All processes have loaded the same weights, and the buffers that training moves are the same everywhere.
+    return DistributedDataParallel(half.part, init_sync=False, find_unused_parameters=unused > 0)
 
 
-def _add_up(_: object, bucket: GradBucket) -> torch.futures.Future[Tensor]:
-    """Sum the gradients, in place of their mean: the loss is weighted by what each sample counts in the mini-batch."""
-    work = dist.all_reduce(bucket.buffer(), async_op=True)
-    return work.get_future().then(lambda future: future.value()[0])
+def _used(outputs: Tensor) -> set[int]:
+    """Return the ids of the parameters that a tensor depends on."""
+    todo, seen, found = [outputs.grad_fn], set(), set()
+    while todo:
+        node = todo.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            found.add(id(getattr(node, "variable", None)))
+            todo += [each for each, _ in node.next_functions]
+    return found
 
 
 class LeadingHalf(Half):

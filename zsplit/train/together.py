@@ -221,8 +221,7 @@ def talking() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        reason = " ".join(str(error).split())
-        raise SystemExit(f"zsplit: another process of this server has ended ({reason}).") from error
+        raise SystemExit("zsplit: another process of this server has ended: torchrun says which.") from error
 
 
 def entries_of(tensors: Mapping[str, Tensor]) -> tuple[tuple[str, str, tuple[int, ...]], ...]:
