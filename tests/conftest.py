@@ -53,14 +53,16 @@ def settings(*assignments: str) -> list[str]:
 
 
 class Command:
-    """A `zsplit` command under way, in a session of its own as in a terminal.
+    """A `zsplit` command (or another program) under way, in a session of its own as in a terminal.
 
     `out` and `err` are the lines that it has printed so far, `said` both in the order in which they came.
     """
 
-    def __init__(self, arguments: tuple[str, ...], folder: Path, environment: dict[str, str]) -> None:
+    def __init__(
+        self, arguments: tuple[str, ...], folder: Path, environment: dict[str, str], program: Path = ZSPLIT
+    ) -> None:
         self.process = subprocess.Popen(
-            [ZSPLIT, *arguments],
+            [program, *arguments],
             cwd=folder,
             env={**os.environ, **environment},
             stdin=subprocess.DEVNULL,
@@ -122,9 +124,9 @@ class Processes:
         self._mark = uuid.uuid4().hex
         self._started: list[Command] = []
 
-    def start(self, *arguments: str, **environment: str) -> Command:
-        """Start `zsplit` with these arguments."""
-        command = Command(arguments, self.folder, {**environment, MARK: self._mark})
+    def start(self, *arguments: str, program: Path = ZSPLIT, **environment: str) -> Command:
+        """Start `zsplit`, or another program, with these arguments."""
+        command = Command(arguments, self.folder, {**environment, MARK: self._mark}, program)
         self._started.append(command)
         return command
 
