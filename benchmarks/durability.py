@@ -1,6 +1,6 @@
 """What it costs that nothing is lost: seconds in journal, storing and kept messages, beside those of the run.
 
-A broker, a server and two clients train as they always do, each with a stopwatch around what is there for recovery only:
+A broker, a server and two clients train as always, each with a stopwatch around what is there for recovery only:
 
     journal    appending lines and waiting until the disk has them; the broker's loop waits for it
     storing    writing, checking and syncing versions: the broker's writer thread does it beside everything else

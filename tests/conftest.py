@@ -53,7 +53,7 @@ def settings(*assignments: str) -> list[str]:
 
 
 class Command:
-    """A `zsplit` command under way, in a session of its own as in a terminal.
+    """A `zsplit` command (or another program) under way, in a session of its own as in a terminal.
 
     `out` and `err` are the lines that it has printed so far, `said` both in the order in which they came.
     """

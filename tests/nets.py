@@ -99,3 +99,41 @@ def images(count: int, seed: int = 0) -> tuple[Tensor, Tensor]:
     """Return random images (count, 1, 8, 8) and labels of 10 classes."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(count, 1, 8, 8, generator=generator), torch.randint(10, (count,), generator=generator)
+
+
+def plain(_: int, __: tuple[int, ...]) -> nn.Module:
+    """What a config names as `nets:plain`."""
+    return Plain()
+
+
+def normed(_: int, __: tuple[int, ...]) -> nn.Module:
+    """What a config names as `nets:normed`."""
+    return Normed()
+
+
+def dropping(_: int, __: tuple[int, ...]) -> nn.Module:
+    """What a config names as `nets:dropping`."""
+    return Stack()
+
+
+class Idle(nn.Module):
+    """Behind `fc1` are a parameter that the forward pass does not use, a frozen one, and none at all behind `relu`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.flatten = nn.Flatten()
+        self.fc1 = nn.Linear(64, 12)
+        self.fc2 = nn.Linear(12, 10)
+        self.fc2.bias.requires_grad_(False)
+        self.unused = nn.Parameter(torch.ones(3))
+        self.relu = nn.ReLU()
+        self.flatten2 = nn.Flatten()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.flatten(x)
+        return self.flatten2(self.relu(self.fc2(self.fc1(x))))
+
+
+def idle(_: int, __: tuple[int, ...]) -> nn.Module:
+    """What a config names as `nets:idle`."""
+    return Idle()

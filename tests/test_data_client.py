@@ -102,7 +102,7 @@ class TestClientData:
 
     def test_one_beyond_the_last_has_data_in_an_elastic_run_in_which_all_have_all(self) -> None:
         keys = {"schedule__clients": 2, "schedule__elastic": True}
-        beyond = "and one beyond them has data under data.partition = \"replicate\" only"
+        beyond = 'and one beyond them has data under data.partition = "replicate" only'
         with pytest.raises(ConfigError, match=rf"There is no client 2: .* 0 to 1, {beyond}\."):
             ClientData(config_of(**keys), 2, numbered_data(40))
         config = config_of(**keys, data__partition="replicate")

@@ -6,7 +6,7 @@ unbiased, as torch's own is. Slices are pooled after Chan, Golub, LeVeque (1979)
 algorithm for computing sample variances".
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -54,6 +54,13 @@ class DeferredBatchNorm:
         self._recorders = [_Recorder(name, module) for name, module in norms.items()]
         root.register_forward_pre_hook(self._begin_slice, prepend=True)
 
+    def count_with(self, elements: Callable[[Tensor], int]) -> None:
+        """Count with this how many values each channel of a tensor (N, C, …) has: more than are here, where other
+        processes have the rest of a slice.
+        """
+        for recorder in self._recorders:
+            recorder.elements = elements
+
     def begin(self, slices: int) -> None:
         """Start a mini-batch of so many slices. What came of one that was given up is forgotten."""
         for recorder in self._recorders:
@@ -79,6 +86,7 @@ class _Recorder:
 
     def __init__(self, name: str, module: _BatchNorm) -> None:
         self.name, self.module = name, module
+        self.elements: Callable[[Tensor], int] = elements_here
         self.call = 0
         self._active = False
         self._calls: list[list[Statistics]] = []
@@ -103,7 +111,7 @@ class _Recorder:
             self._kept = exchange(module, Running(torch.zeros_like(own), torch.zeros_like(own), None, 1.0))
 
     def _check(self, x: Tensor) -> None:
-        if x.ndim > 1 and x.numel() == x.shape[1]:
+        if x.ndim > 1 and self.elements(x) == 1:
             raise PlanError(
                 f"A micro-batch of 1 sample leaves BatchNorm '{self.name}' a single value for each channel: "
                 "lower train.micro_batches, or set train.batch_size so that no batch of an epoch is so short."
@@ -115,13 +123,18 @@ class _Recorder:
         mean, variance, *_rest = exchange(self.module, self._kept)
         self._kept = None
         if output is not None and mean is not None and variance is not None:  # None: the forward pass failed
-            self._record(Statistics(output.numel() // len(mean), mean, variance))
+            self._record(Statistics(self.elements(output), mean, variance))
 
     def _record(self, statistics: Statistics) -> None:
         if self.call == len(self._calls):
             self._calls.append([])
         self._calls[self.call].append(statistics)
         self.call += 1
+
+
+def elements_here(x: Tensor) -> int:
+    """Return how many values each channel of a tensor (N, C, …) has."""
+    return x.numel() // x.shape[1]
 
 
 def exchange(module: _BatchNorm, new: Running) -> Running:

@@ -43,8 +43,9 @@ class Part(nn.Module):
     def _adopt_modules(self, model: nn.Module, nodes: Collection[fx.Node]) -> None:
         modules = dict(model.named_modules())
         paths = {str(node.target) for node in nodes if node.op in ("call_module", "get_attr")}
-        # Shorter paths first: a module brings its children along.
-        for path in sorted(paths & modules.keys(), key=len):
+        # Shorter paths first: a module brings its children along. Then by name: the order of the parameters follows
+        # from this, and has to be the same in every process.
+        for path in sorted(paths & modules.keys(), key=lambda path: (len(path), path)):
             home, name = self._home(path)
             if name not in home._modules:
                 home.add_module(name, modules[path])

@@ -236,6 +236,11 @@ class Half:
 
         return needed
 
+    def forward(self, x: Tensor) -> Tensor:
+        """Run a back, or a middle, on what crosses the cut before it (B, …)."""
+        outputs: Tensor = self.part(x)
+        return outputs
+
     def load(self, version: str, tensors: Mapping[str, Tensor]) -> None:
         """Take over a version by its digest: what this half `needs` of it. Raises RemoteProtocolError for less."""
         if version != self.version:
@@ -250,6 +255,10 @@ class Half:
         if self.optimizer is not None:
             load_optimizer(self.part, self.optimizer, tensors, self._prefix)
             self.optimizer.zero_grad()
+
+    def count_with(self, elements: Callable[[Tensor], int]) -> None:
+        """Count the values that BatchNorm sees with this (see `DeferredBatchNorm.count_with`)."""
+        self._norms.count_with(elements)
 
     def state(self) -> State:
         """Return a snapshot of weights and of those optimizer buffers that outlive the turn."""

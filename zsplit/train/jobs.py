@@ -186,7 +186,7 @@ class Training:
             self.half.begin_step(micros)
         place = self.job.client, self.job.round, message.step, message.micro
         with self.account.computing("forward", *place[2:]), randomness(self.config.run.seed, *place):
-            outputs = self.half.part(smashed)
+            outputs = self.half.forward(smashed)
         check_labels(tensors["labels"], outputs)
         with self.account.computing("backward", *place[2:]):
             loss = F.cross_entropy(outputs, labels)
@@ -265,7 +265,7 @@ class Evaluating(Forward):
             raise RemoteProtocolError(f"Client {self.job.client} sent {type(message).__name__} in an evaluation")
         smashed, labels = pair(event.tensors, self.half.device)
         with self.account.computing("evaluate", message.step):
-            outputs = self.half.part(smashed)
+            outputs = self.half.forward(smashed)
             check_labels(event.tensors["labels"], outputs)
             scores = score(outputs, labels)
         self.link.send_tensors(self.job.lease, "eval", message.step, message.micro, 1, [], scores)

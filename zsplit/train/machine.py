@@ -2,6 +2,7 @@
 
 import os
 import socket
+from collections.abc import Mapping
 
 import torch
 
@@ -21,6 +22,11 @@ def choose_device(asked: str) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         raise ConfigError(f"The device {asked!r} cannot be used on this machine: use --device auto or cpu.") from error
     return device
+
+
+def started_together(environment: Mapping[str, str] = os.environ) -> bool:
+    """Whether torchrun started this process, and others with it."""
+    return "TORCHELASTIC_RUN_ID" in environment and int(environment.get("WORLD_SIZE", "1")) > 1
 
 
 def set_up(config: Config, threads: int) -> None:

@@ -59,7 +59,7 @@ class MiddleTraining(Training):
             self.half.begin_step(self.micros)
         place = self.job.client, self.job.round, message.step, message.micro
         with self.account.computing("forward", *place[2:]), randomness(self.config.run.seed, *place):
-            outputs = self.half.part(smashed)
+            outputs = self.half.forward(smashed)
         self.samples += len(smashed)
         self.forwards += 1
         self._made[message.micro] = smashed, outputs
@@ -105,7 +105,7 @@ class MiddleEvaluating(Evaluating):
         if not isinstance(message, TensorsMessage):
             raise RemoteProtocolError(f"Client {self.job.client} sent {type(message).__name__} in an evaluation")
         with self.account.computing("evaluate", message.step):
-            outputs = self.half.part(only(event.tensors, "smashed").to(self.half.device))
+            outputs = self.half.forward(only(event.tensors, "smashed").to(self.half.device))
         sent: list[tuple[What, Tensor, str]] = [("smashed", outputs, self.job.plan.up)]
         self.link.send_tensors(self.job.lease, "eval", message.step, message.micro, 1, sent, {})
 

@@ -8,7 +8,9 @@ import signal
 import threading
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
+import torch
 from torch import nn
 
 from zsplit import crash
@@ -19,9 +21,12 @@ from zsplit.train.client import Client
 from zsplit.train.half import Workshop
 from zsplit.train.labels import LabelBook
 from zsplit.train.link import CONNECT_SECONDS, Link
-from zsplit.train.machine import choose_device, set_up
+from zsplit.train.machine import choose_device, set_up, started_together
 from zsplit.train.server import Server
 from zsplit.wire.messages import Finish
+
+if TYPE_CHECKING:
+    from zsplit.train.together import Team
 
 
 def run_server(
@@ -40,23 +45,32 @@ def run_server(
     `index` is which server this is, −1 the next free one: one that is started again takes its own place at once.
     A SIGTERM has it leave when its turns are over, a second one at once.
     `shape` is that of one sample, for data that only the clients know. Where labels live at the server
-    (`train.labels = "server"`) it needs the data as well: `data`, or what the config names.
+    (`train.labels = "server"`) it needs the data as well: `data`, or what the config names. Processes that torchrun
+    started are one server: the first has the link, and the others return when it is done.
     """
+    team = _team()
+    if team is not None and not team.leads:
+        from zsplit.train.distributed import follow
+
+        return follow(team, device, model, allow)
     link = Link(broker, "server", index, say=say)
 
     def work() -> Finish:
         crash.at("server.start")
         config = from_json(link.welcome.config)
         set_up(config, config.server.threads)
-        place = choose_device(device or config.server.device)
+        place = (team.device if team else choose_device)(device or config.server.device)
         link.unpack_on(place)
         known = data.shape if data else shape
         scores = config.train.labels == "server" and not link.welcome.serving
         labels = LabelBook(_labels_of(config, data, allow)) if scores else None
-        workshop = Workshop(config, known or sample_shape(config), place, model, allowed=allow)
+        workshop = _workshop(team, config, known or sample_shape(config), place, model, allow)
         server = Server(link, config, workshop, labels)
         say(f"server {link.welcome.index} joined the run at {broker}")
-        return server.serve()
+        finish = server.serve()
+        if team is not None:
+            team.leave()
+        return finish
 
     return _live(link, connect_seconds, work)
 
@@ -95,6 +109,31 @@ def run_client(
         return client.serve()
 
     return _live(link, connect_seconds, work)
+
+
+def _team() -> "Team | None":
+    """Return the processes that are one server with this one, if any."""
+    if not started_together():
+        return None
+    from zsplit.train.together import Team
+
+    return Team.join()
+
+
+def _workshop(
+    team: "Team | None",
+    config: Config,
+    shape: tuple[int, ...],
+    device: torch.device,
+    model: nn.Module | None,
+    allow: Collection[str],
+) -> Workshop:
+    """Return a server's workshop, which leads those of the other processes where there are any."""
+    if team is None:
+        return Workshop(config, shape, device, model, allowed=allow)
+    from zsplit.train.distributed import LeadingWorkshop
+
+    return LeadingWorkshop(team, config, shape, device, model, allow)
 
 
 def _data_of(config: Config, client: int, given: Data | None, allow: Collection[str]) -> ClientData:

@@ -22,7 +22,7 @@ class Predicting(Forward):
         if not isinstance(message, TensorsMessage) or event.tensors.keys() != {"smashed"}:
             raise RemoteProtocolError(f"Client {self.job.client} asked for outputs without smashed data")
         with self.account.computing("predict", message.step):
-            outputs = self.half.part(event.tensors["smashed"].to(self.half.device))
+            outputs = self.half.forward(event.tensors["smashed"].to(self.half.device))
         codec = self.job.plan.up if self.job.plan.tail else "raw"  # with a tail they are smashed data, as in training
         sent: list[tuple[What, Tensor, str]] = [("other", outputs, codec)]
         self.link.send_tensors(self.job.lease, "predict", message.step, message.micro, 1, sent, {})

@@ -182,7 +182,7 @@ class Fused(_Group):
         labels = torch.cat([each for _, each in pairs])
         place = EVERYBODY, turn.job.round, step, self.micro
         with turn.account.computing("forward", step, self.micro), randomness(self.config.run.seed, *place):
-            outputs = self.half.part(smashed)
+            outputs = self.half.forward(smashed)
         check_labels(labels, outputs)
         with turn.account.computing("backward", step, self.micro):
             loss = F.cross_entropy(outputs, labels)
