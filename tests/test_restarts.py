@@ -305,7 +305,7 @@ def test_a_drained_run_ends_with_a_whole_round_and_goes_on(
 
 
 def test_a_client_that_is_killed_while_the_run_drains_is_started_again(processes: Processes) -> None:
-    run = processes.start("run", "--no-monitor", "--out", "out", *settings("broker.port=0", *QUICK))
+    run = processes.start("run", "--no-monitor", "--out", "out", *LONG)
     run.line(" round 1/")
     os.kill(victim(processes, "client 1"), signal.SIGKILL)
     run.process.send_signal(signal.SIGTERM)
