@@ -198,6 +198,13 @@ class TestPrefetch:
                 ahead.train_batch(0, step)
         assert dataset.ahead() == []
 
+    def test_a_turn_that_begins_anew_loads_nothing_beside_what_is_being_loaded_ahead(self) -> None:
+        with prefetch(dataset := Slow(6)) as (ahead, plain):
+            ahead.train_batch(0, 0)
+            ahead.train_batch(0, 0)
+            first, following = (plain.train_batch(0, step)[0][:, 0].tolist() for step in range(2))
+        assert [index for index, _ in dataset.asked[:6]] == [*first, *following, *first]
+
     def test_an_error_is_raised_where_its_batch_is_asked_for(self) -> None:
         with prefetch(dataset := Slow(4)) as (ahead, plain):
             dataset.broken = int(plain.train_batch(0, 1)[0][0, 0])

@@ -286,7 +286,8 @@ def test_a_broker_that_is_killed_and_not_started_again_ends_the_run(processes: P
 
 
 def test_a_client_that_hangs_is_missed_within_its_lease(processes: Processes) -> None:
-    broker = processes.start("broker", *settings(*IMPATIENT, ENDLESS), "--out", "out")
+    options = settings(*IMPATIENT, ENDLESS, f"link.patience_seconds={LEASE}")
+    broker = processes.start("broker", *options, "--out", "out")
     address = broker.line("The broker listens at ").split()[4].rstrip(";")
     server, client, hung = (
         processes.start(*words.split(), "--broker", address) for words in ("server", "client -i 0", "client -i 1")

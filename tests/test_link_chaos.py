@@ -81,8 +81,6 @@ class Broker:
                     if held.state == "done":
                         self.done[role] = held.digest
                 self.control.send_multipart([sender, frames.encode(self._orders(role, message.sent))])
-            case messages.Bye():
-                self.over = self.over or not self.sessions.pop(message.session, None) or not self.sessions
             case _:
                 pass
 
@@ -152,16 +150,18 @@ def train(config: Config, plan: Plan, seed: int | None) -> Broker:
             ends[role] = trainer.serve()
         except Exception as error:
             ends[role] = error
-            broker.over = True
+            links[OTHER[role]].leave("the other failed")
         finally:
             link.close()
 
     links: dict[Role, Link] = {role: Link(f"127.0.0.1:{broker.port}", role) for role in OTHER}
-    threads = [Thread(target=broker.live), *(Thread(target=live, args=each) for each in links.items())]
-    for thread in threads:
+    relaying, *training = Thread(target=broker.live), *(Thread(target=live, args=each) for each in links.items())
+    for thread in (relaying, *training):
         thread.start()
-    for thread in threads:
+    for thread in training:
         thread.join()
+    broker.over = True
+    relaying.join()
     assert ends == dict.fromkeys(OTHER, Finish(ok=True, sentence="over"))
     return broker
 
