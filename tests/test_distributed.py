@@ -170,7 +170,7 @@ def test_a_middle_goes_back_after_several_micro_batches_went_forward(team: Team)
     config = settings_of("normed", train__labels="keep", train__micro_batches=3, model__cut="conv1", model__tail="bn3")
     one, several = pair_of(team, config, "conv1", "bn3")
     for number in range(2):
-        x, _ = batch_for(config, "conv1", 8, number)
+        x, _ = batch_for(settings_of("normed"), "conv1", 8, number)
         given = []
         for half in (one, several):
             half.begin_step(3)
