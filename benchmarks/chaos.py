@@ -66,6 +66,9 @@ STUCK_SECONDS = 120.0
 LONGEST_SECONDS = 1200.0
 """Nor will one that goes on for so long."""
 
+FAULTS = "faults.log"
+"""In the folder of a run: what came when (unix seconds), to whom, for how long."""
+
 SETTINGS = (
     f"schedule.clients={COUNTS['client']}",
     "schedule.rejoin_timeout=86400",
@@ -186,8 +189,11 @@ class Chaos:
         if now < self._due or self._must_wait(self._next):
             return
         fault, self._next = self._next, None
-        if self._inject(fault, now):
-            self.injected[fault.kind] += 1
+        done = self._inject(fault, now)
+        self.injected[fault.kind] += done
+        with (self.fleet.folder / FAULTS).open("a") as log:
+            note = "" if done else "  (not done: its target is under another one)"
+            log.write(f"{time.time():.3f} {self._target(fault).name}: {fault.kind}, {fault.seconds:.2f} s{note}\n")
 
     def _must_wait(self, fault: Fault) -> bool:
         """Whether a fault is to find all others over, or would take away more processes than this machine can load.
@@ -202,11 +208,12 @@ class Chaos:
 
     def _inject(self, fault: Fault, now: float) -> bool:
         """Do it, unless whom it is meant for is under another one; return whether it was done."""
-        if fault.kind == "full disk":
-            return self._fill(fault, now)
         member = self._target(fault)
         if member.name in self._busy:
             return False
+        if self.disk is not None and fault.kind == "full disk":
+            self._fill(self.disk, member, fault.seconds, now)
+            return True
         verb = fault.kind.split()[0]
         if verb == "kill":
             self._kill(member, fault, now)
@@ -251,14 +258,10 @@ class Chaos:
         proxy.swallow()
         self._for(member.name, seconds, now, proxy.cut)
 
-    def _fill(self, fault: Fault, now: float) -> bool:
+    def _fill(self, disk: Disk, broker: Member, seconds: float, now: float) -> None:
         """Fill the disk. The broker lives on meanwhile: it is a person's part to start none where nothing fits."""
-        name = self.fleet.broker.name
-        if self.disk is None or name in self._busy:
-            return False
-        self.disk.fill()
-        self._for(name, fault.seconds, now, self.disk.free)
-        return True
+        disk.fill()
+        self._for(broker.name, seconds, now, disk.free)
 
     def _for(self, name: str, seconds: float, now: float, ended: Callable[[], object]) -> None:
         """Have a fault of this member end after so many seconds; until then nothing else happens to it."""

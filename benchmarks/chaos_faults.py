@@ -44,7 +44,9 @@ class Fault(NamedTuple):
 
     @property
     def role(self) -> str:
-        """The role of whom it hits; empty: any peer."""
+        """The role of whom it hits; empty: any peer. A disk is the broker's."""
+        if self.kind == "full disk":
+            return "broker"
         return next((role for role in ("client", "server", "broker") if role in self.kind.split()), "")
 
 
