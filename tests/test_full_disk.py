@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -21,21 +22,33 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", disk], check=True)
 
 
+@pytest.mark.parametrize("killed", [False, True])
 @pytest.mark.parametrize("policy", ["parallel", "round_robin"])
 def test_a_run_with_a_full_disk_waits_and_goes_on_when_there_is_room(
-    policy: str, small_disk: Path, processes: Processes, digits_run: Path
+    policy: str, killed: bool, small_disk: Path, processes: Processes, digits_run: Path
 ) -> None:
     port, out = free_port(), small_disk / "out"
     address = f"127.0.0.1:{port}"
     keys = settings(f"broker.port={port}", f"schedule.policy={policy}", "run.name=demo", *QUICK)
-    processes.start("broker", *keys, "--out", str(out)).line("listens")
+    broker = processes.start("broker", *keys, "--out", str(out))
+    broker.line("listens")
     monitor = processes.start("monitor", "--broker", address)
     for words in ("server", "client", "client"):
         processes.start(words, "--broker", address)
     monitor.line("is full: free ")
     assert "The run waits for room on the disk" in monitor.line("is full: free ")
+    if killed:
+        with (small_disk / "filling").open("wb") as file, suppress(OSError):
+            while True:
+                file.write(bytes(4096))
+                file.flush()
+        broker.process.kill()
+        broker.wait()
+        processes.started.remove(broker)
+        processes.start("broker", *keys, "--out", str(out)).line("listens")
     subprocess.run(["mount", "-o", "remount,size=20m", small_disk], check=True)
-    monitor.line("there is room on the disk again: the run goes on")
+    if not killed:
+        monitor.line("there is room on the disk again: the run goes on")
     for command in processes.started:
         assert command.wait() == 0, command.err
     summary = json.loads((out / "summary.json").read_text())

@@ -415,3 +415,46 @@ def test_a_lossless_run_has_one_test_result_under_all_names() -> None:
         play = Play(config_of(schedule__clients=2, run__rounds=1, codec__up=up, codec__eval=through)).begin().go_on()
         summary = summarise(play.scheduler, "r1", FOLDER)
         assert summary["test_accuracy"] == summary["test_accuracy_raw"] == summary["test_accuracy_codec"] == 0.4
+
+
+# Figures of the rounds
+
+
+def rows(folder: Path) -> list[int]:
+    return [json.loads(line)["round"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize(
+    ("tail", "rounds", "kept"),
+    [(b"", 3, 3), (b"", 2, 2), (b'{"round": 4, "lo', 4, 3), (b'{"round": 3}\n', 9, 3), (b"nonsense\n", 3, 3), (b"", 0, 0)],
+)
+def test_figures_of_rounds_that_are_done_again_and_torn_lines_are_cut(
+    tail: bytes, rounds: int, kept: int, tmp_path: Path
+) -> None:
+    for number in (1, 2, 3):
+        append_metrics(tmp_path, b'{"round": %d}' % number)
+    with (tmp_path / "metrics.jsonl").open("ab") as file:
+        file.write(tail)
+    assert trim_metrics(tmp_path, rounds) == kept
+    assert rows(tmp_path) == list(range(1, kept + 1))
+    append_metrics(tmp_path, b'{"round": %d}' % (kept + 1))
+    assert rows(tmp_path) == list(range(1, kept + 2))
+
+
+def test_without_figures_there_is_nothing_to_cut(tmp_path: Path) -> None:
+    assert trim_metrics(tmp_path, 3) == 0
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_line_of_figures_that_does_not_fit_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    append_metrics(tmp_path, b'{"round": 1}')
+
+    def half(descriptor: int, data: bytes, offset: int) -> None:
+        os.pwrite(descriptor, data[:5], offset)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(record, "write_all", half)
+        with pytest.raises(DiskFullError):
+            append_metrics(tmp_path, b'{"round": 2}')
+    assert rows(tmp_path) == [1]

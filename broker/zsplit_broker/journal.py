@@ -6,6 +6,7 @@ once `append` has returned: then it is on the disk. Whatever a crash leaves behi
 promised to nobody, and is cut when the journal is opened. The file `lock` beside it says whose folder this is.
 """
 
+import contextlib
 import fcntl
 import json
 import os
@@ -153,8 +154,10 @@ def _lock(folder: Path) -> int:
     descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        os.ftruncate(descriptor, 0)
-        write_all(descriptor, f"{os.getpid()} {socket.gethostname()}\n".encode(), 0)
+        name = f"{os.getpid()} {socket.gethostname()}\n".encode()
+        with contextlib.suppress(OSError):  # a full disk has the lock nameless, and takes the run up all the same
+            write_all(descriptor, name, 0)
+            os.ftruncate(descriptor, len(name))
     except BlockingIOError as error:
         pid, _, host = os.pread(descriptor, 4096, 0).decode(errors="replace").strip().partition(" ")
         os.close(descriptor)

@@ -146,8 +146,8 @@ class Broker:
         self.relayed = self.relayed_bytes = 0
         self.stopping = self.draining = ""
         self.exported = False
-        for number in range(record.trim_metrics(folder, len(self.scheduler.history)), len(self.scheduler.history)):
-            self.metrics += self._publish([self.bulletin.round_event(self.scheduler.history[number])])
+        for done in self.scheduler.history[record.trim_metrics(folder, len(self.scheduler.history)) :]:
+            self.metrics += self._publish([self.bulletin.round_event(done)])
         self._born = time.monotonic() - self.scheduler.now
         self._next_tick = self._next_publish = self._next_try = 0.0
 
@@ -306,11 +306,15 @@ class Broker:
         crash.at("broker.journaled")
         self._has_room()
         touched: set[Peer] = set()
+        rounds = len(self.scheduler.history)
         for entry in entries:
             for instruction in self.scheduler.handle(entry):
                 touched |= self._do(instruction)
             self._publish(self.bulletin.logs(entry.event))
             self._publish(self.bulletin.departure(entry.event))
+        if len(self.scheduler.history) < rounds:  # a version was damaged, and its round is done again
+            self.metrics.clear()
+            record.trim_metrics(self.folder, len(self.scheduler.history))
         self._tell(touched)
 
     def _tell(self, peers: set[Peer] | None) -> None:

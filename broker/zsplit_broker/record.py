@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from zsplit.config import Config, load_config, to_toml
 from zsplit.errors import ConfigError, StorageError
 from zsplit.plan import Situation
 from zsplit.plan import file as plan_file
-from zsplit_broker.disk import PARTIAL, storage_errors
+from zsplit_broker.disk import PARTIAL, storage_errors, write_all
 from zsplit_broker.events import Planned
 from zsplit_broker.journal import JOURNAL, LOCK
 from zsplit_broker.timeline import TIMELINE
@@ -76,25 +77,40 @@ def remove_folder(folder: Path) -> None:
 
 
 def append_metrics(folder: Path, body: bytes) -> None:
-    """Add a round's figures, as they were published, to `metrics.jsonl`."""
-    with storage_errors(folder, len(body), "what was stored is intact"), (folder / METRICS).open("ab") as file:
-        file.write(body + b"\n")
+    """Add a round's figures, as they were published, to `metrics.jsonl`: all of the line or nothing."""
+    line = body + b"\n"
+    with storage_errors(folder, len(line), "what was stored is intact"):
+        file = os.open(folder / METRICS, os.O_WRONLY | os.O_CREAT, 0o644)
+        try:
+            end = os.fstat(file).st_size
+            try:
+                write_all(file, line, end)
+            except OSError:
+                os.ftruncate(file, end)
+                raise
+        finally:
+            os.close(file)
 
 
 def trim_metrics(folder: Path, rounds: int) -> int:
-    """Keep the lines of so many rounds, the last one of each, and no torn one; return how many there are."""
+    """Cut `metrics.jsonl` behind the lines of so many rounds, and before a torn one; return how many there are."""
     file = folder / METRICS
-    lines = file.read_bytes().split(b"\n")[:-1] if file.exists() else []
-    by_round: dict[int, bytes] = {}
-    for line in lines:
-        with contextlib.suppress(ValueError, KeyError, TypeError):
-            by_round[int(json.loads(line)["round"])] = line
-    kept: list[bytes] = []
-    while len(kept) < rounds and len(kept) + 1 in by_round:
-        kept.append(by_round[len(kept) + 1])
-    if lines:
-        _write(folder, METRICS, b"".join(line + b"\n" for line in kept))
-    return len(kept)
+    if not file.exists():
+        return 0
+    kept = length = 0
+    for line in file.read_bytes().split(b"\n")[:-1]:
+        if kept == rounds or _round_of(line) != kept + 1:
+            break
+        kept, length = kept + 1, length + len(line) + 1
+    os.truncate(file, length)
+    return kept
+
+
+def _round_of(line: bytes) -> int:
+    """Return the round of a line of figures, 0 where it is none."""
+    with contextlib.suppress(ValueError, KeyError, TypeError):
+        return int(json.loads(line)["round"])
+    return 0
 
 
 def forget_ending(folder: Path) -> None:
