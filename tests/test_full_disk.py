@@ -38,10 +38,9 @@ def test_a_run_with_a_full_disk_waits_and_goes_on_when_there_is_room(
     monitor.line("is full: free ")
     assert "The run waits for room on the disk" in monitor.line("is full: free ")
     if killed:
-        with (small_disk / "filling").open("wb") as file, suppress(OSError):
+        with suppress(OSError), (small_disk / "filling").open("wb", buffering=0) as file:
             while True:
                 file.write(bytes(4096))
-                file.flush()
         broker.process.kill()
         broker.wait()
         processes.started.remove(broker)

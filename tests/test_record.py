@@ -1,7 +1,9 @@
 """The run's folder, and figures that add up to what the leases did."""
 
+import errno
 import json
 import math
+import os
 from collections import Counter
 from pathlib import Path
 from random import Random
@@ -16,6 +18,8 @@ from zsplit.config import load_config
 from zsplit.errors import ConfigError, StorageError
 from zsplit.plan import Situation
 from zsplit.wire.messages import Evaluate, Flow, Merge, Plan, Prepared, Tally, Turn, bucket_of
+from zsplit_broker import record
+from zsplit_broker.disk import DiskFullError
 from zsplit_broker.events import Close, Grant, Open, Planned, Stopped
 from zsplit_broker.journal import Journal
 from zsplit_broker.record import (
@@ -24,6 +28,7 @@ from zsplit_broker.record import (
     create_folder,
     read_plans,
     remove_folder,
+    trim_metrics,
     write_plans,
     write_situation,
     write_summary,
@@ -426,7 +431,14 @@ def rows(folder: Path) -> list[int]:
 
 @pytest.mark.parametrize(
     ("tail", "rounds", "kept"),
-    [(b"", 3, 3), (b"", 2, 2), (b'{"round": 4, "lo', 4, 3), (b'{"round": 3}\n', 9, 3), (b"nonsense\n", 3, 3), (b"", 0, 0)],
+    [
+        (b"", 3, 3),
+        (b"", 2, 2),
+        (b'{"round": 4, "lo', 4, 3),
+        (b'{"round": 3}\n', 9, 3),
+        (b"nonsense\n", 3, 3),
+        (b"", 0, 0),
+    ],
 )
 def test_figures_of_rounds_that_are_done_again_and_torn_lines_are_cut(
     tail: bytes, rounds: int, kept: int, tmp_path: Path

@@ -50,6 +50,13 @@ class Depot:
             self._intakes[ref.digest] = Intake(ref, self._run, self.versions, self._writer)
         self._pull()
 
+    def ask_again(self, holder: str) -> None:
+        """Ask a holder anew, whose connection is a new one: what it was asked for before may be lost."""
+        for intake in self._intakes.values():
+            if intake.ref.holder == holder:
+                intake.ask_again()
+        self._pull()
+
     def forsake(self, digest: str) -> None:
         """Give up a state that is on its way."""
         self._waiting.pop(digest, None)

@@ -30,7 +30,11 @@ class Intake:
         """Have what is still missing come from this holder of the same state."""
         if ref != self.ref:
             self.ref = ref
-            self._fetch.again()
+            self.ask_again()
+
+    def ask_again(self) -> None:
+        """Have `pulls` yield again what was asked for and has not come."""
+        self._fetch.again()
 
     def pulls(self) -> Iterator[Pull]:
         """Yield what to ask the holder for now."""

@@ -72,6 +72,7 @@ from zsplit_broker.port import Bell, Port
 from zsplit_broker.relay import BROKER
 from zsplit_broker.router import Router, refuse_protocol
 from zsplit_broker.scheduler import Scheduler
+from zsplit_broker.session import Session
 from zsplit_broker.sockets import BELL, Sockets
 from zsplit_broker.summary import summarise
 from zsplit_broker.timeline import Timeline
@@ -484,8 +485,13 @@ class Broker:
             self.relayed += 1
             self.relayed_bytes += size
             if isinstance(message, Attach) and sender in relay.by_data:
-                for to, resend in relay.resends(relay.by_data[sender]):
-                    self._forward(to, encode(resend), [])
+                self._have_sent_again(relay.by_data[sender])
+
+    def _have_sent_again(self, session: Session) -> None:
+        """A peer's data connection is a new one: what was on its way to it or from it may be lost."""
+        for to, resend in list(self.router.relay.resends(session)):
+            self._forward(to, encode(resend), [])
+        self.depot.ask_again(session.name)
 
     def _forward(self, to: bytes, header: bytes, frames: list[zmq.Frame]) -> bool:
         """Send a data message; return whether its connection took it."""

@@ -171,14 +171,25 @@ class Relay:
         return Attached(self.run, session.token)
 
     def resends(self, session: Session) -> Iterator[tuple[bytes, Resend]]:
-        """Yield what to tell the others when a peer's data connection is a new one: what they sent it may be lost."""
+        """Yield what to tell the others when a peer's data connection is new: what went to it, or was asked of it, may
+        be lost.
+        """
         for lease, work in self.scheduler.work.items():
-            client = client_of(work.job)
-            if client is None or not work.ready or not takes_part(session, work.job):
-                continue
-            to = self.by_peer.get(("server", work.job.server) if session.role == "client" else ("client", client))
-            if to is not None and to.data is not None:
-                yield to.data, Resend(self.run, to.token, lease)
+            parties = self._parties(work.job)
+            if session in parties and lease in self.traffic:
+                self.traffic[lease].unanswered = 0  # what is still unanswered comes again, and is counted then
+            asked = any(ref.holder == session.name for ref in refs_of(work.job))
+            for other in parties if session in parties or asked else ():
+                if other is not session and other.data is not None:
+                    yield other.data, Resend(self.run, other.token, lease)
+
+    def _parties(self, job: Job) -> list[Session]:
+        """Return the sessions of those who do a job, where they are here."""
+        peers: list[Peer] = [("server", job.server)]
+        client = client_of(job)
+        if client is not None:
+            peers.append(("client", client))
+        return [self.by_peer[peer] for peer in peers if peer in self.by_peer]
 
     def _relay(self, session: Session, message: Tensors | Step, size: int) -> Route | None:
         lane = self._open_lane(session, message)
