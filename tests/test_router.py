@@ -59,6 +59,7 @@ from zsplit.wire.messages import (
     Pull,
     Ref,
     Refused,
+    Resend,
     Role,
     Step,
     Tally,
@@ -592,6 +593,25 @@ def test_the_newest_data_connection_of_a_session_takes_the_place_of_the_one_befo
     assert stage.router.relay.route(old, stage.tensors(client, lease), 0) == Route(old, Detached(RUN, ""))
     assert stage.send(client, stage.tensors(client, lease)) == Route(server.data)
     assert stage.send(server, stage.tensors(server, lease, GRADIENTS)) == Route(b"new")
+
+
+def test_when_a_data_connection_is_new_the_other_party_of_its_lease_is_told_to_send_again() -> None:
+    stage = Stage()
+    for turn, client, server in zip(stage.turns, stage.clients, stage.servers, strict=True):
+        to_server = server.data, Resend(RUN, server.token, turn.lease)
+        to_client = client.data, Resend(RUN, client.token, turn.lease)
+        assert to_server in list(stage.router.relay.resends(stage.session(client)))
+        assert to_client in list(stage.router.relay.resends(stage.session(server)))
+
+
+def test_who_pulls_a_state_is_told_to_ask_again_when_its_holder_has_a_new_data_connection() -> None:
+    stage = Stage()
+    stage.end_turns()
+    server, merge = stage.servers[0], stage.job(stage.servers[0])
+    holders = {ref.holder for share in merge.inputs for ref in (share.front, share.back)}
+    assert holders >= {"client.0", "client.1"}
+    again = list(stage.router.relay.resends(stage.session(stage.clients[1])))
+    assert again == [(server.data, Resend(RUN, server.token, merge.lease))]
 
 
 def test_a_data_connection_belongs_to_one_session_only() -> None:
