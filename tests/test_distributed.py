@@ -291,7 +291,7 @@ def test_fewer_gpus_than_processes_are_refused(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     assert refusal(Team(1, 2, 1), "cuda") == (
-        "This machine has 1 GPUs, and torchrun started more processes on it: lower --nproc-per-node, or use "
+        "torchrun started more processes on this machine than it has GPUs (1): lower --nproc-per-node, or use "
         "--device cpu."
     )
 
@@ -321,6 +321,9 @@ def test_a_sample_on_each_process_is_enough_for_batch_norm() -> None:
 TORCHRUN = Path(sys.executable).with_name("torchrun")
 
 TOGETHER = ("--standalone", "--nproc-per-node", "2", "-m", "zsplit")
+
+LONG = 20.0
+"""Seconds within which such a server has ended: torchrun itself kills after 30 what has not."""
 
 RUN_TOLERANCE = 1e-4
 """The same of the weights and buffers after a whole run of the digits."""
@@ -356,16 +359,20 @@ def test_a_run_with_a_server_of_two_processes_ends_with_the_weights_of_one(tmp_p
 
 
 @pytest.mark.timeout(120)
-def test_a_server_that_loses_a_process_is_lost_whole_and_nothing_is_left_behind(processes: Processes) -> None:
+@pytest.mark.parametrize("end", ["a process is killed", "ctrl-c"])
+def test_a_server_that_is_ended_is_lost_whole_and_nothing_is_left_behind(processes: Processes, end: str) -> None:
     port = free_port()
     broker = processes.start("broker", *settings(f"broker.port={port}", *QUICK), "--out", "out")
     broker.line("listens")
     arguments = "server", "--broker", f"127.0.0.1:{port}", "--device", "cpu"
     server = processes.start(*TOGETHER, *arguments, program=[TORCHRUN])
     server.line("joined the run")
-    follower = next(p for p in processes.alive() if b"\0RANK=1\0" in Path(f"/proc/{p}/environ").read_bytes())
-    os.kill(follower, signal.SIGKILL)
-    assert server.wait() == 1
+    if end == "ctrl-c":
+        server.signal(signal.SIGINT)
+    else:
+        follower = next(p for p in processes.alive() if b"\0RANK=1\0" in Path(f"/proc/{p}/environ").read_bytes())
+        os.kill(follower, signal.SIGKILL)
+    assert server.wait(LONG) == 1
     broker.signal(signal.SIGINT)
     broker.wait()
     assert processes.gone(LEAVING)

@@ -134,6 +134,20 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
+class Many(nn.Module):
+    """Modules whose names are of one length."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for i in range(8):
+            self.add_module(f"fc{i}", nn.Linear(3, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for i in range(8):
+            x = self.get_submodule(f"fc{i}")(x)
+        return x
+
+
 @pytest.mark.parametrize("training", [True, False])
 def test_parts_do_to_the_bit_what_the_uncut_model_does(net: Net, training: bool) -> None:
     traced, cuts, (x, y) = net
@@ -232,6 +246,11 @@ def test_two_threads_on_each_side_are_exact_too() -> None:
         assert_same(run(copies(split(model, x, "blocks.0"), True), x, y), expected)
     finally:
         torch.set_num_threads(1)
+
+
+def test_a_part_has_its_parameters_in_the_same_order_in_every_process() -> None:
+    names = [name for name, _ in split(Many(), torch.zeros(2, 3), 0)[1].named_parameters()]
+    assert names == [f"fc{i}.{kind}" for i in range(1, 8) for kind in ("weight", "bias")]
 
 
 def test_a_copy_of_a_part_is_independent_of_the_model() -> None:

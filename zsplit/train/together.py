@@ -133,7 +133,7 @@ class Team:
             )
         if self._local >= torch.cuda.device_count():
             raise ConfigError(
-                f"This machine has {torch.cuda.device_count()} GPUs, and torchrun started more processes on it: lower "
+                f"torchrun started more processes on this machine than it has GPUs ({torch.cuda.device_count()}): lower "
                 "--nproc-per-node, or use --device cpu."
             )
         torch.cuda.set_device(self._local)
