@@ -212,6 +212,8 @@ class Chaos:
         if member.name in self._busy:
             return False
         if self.disk is not None and fault.kind == "full disk":
+            if member.name in self.watch.loading:
+                return False
             self._fill(self.disk, member, fault.seconds, now)
             return True
         verb = fault.kind.split()[0]
@@ -259,7 +261,7 @@ class Chaos:
         self._for(member.name, seconds, now, proxy.cut)
 
     def _fill(self, disk: Disk, broker: Member, seconds: float, now: float) -> None:
-        """Fill the disk. The broker lives on meanwhile: it is a person's part to start none where nothing fits."""
+        """Fill the disk. The broker lives on meanwhile: one that is started on a full disk ends with a sentence."""
         disk.fill()
         self._for(broker.name, seconds, now, disk.free)
 

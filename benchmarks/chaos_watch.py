@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from zsplit.errors import RemoteProtocolError
 from zsplit.wire.frames import decode_control
-from zsplit.wire.messages import Beat, ControlMessage, Hello, Job, Lease, Orders, Turn
+from zsplit.wire.messages import Beat, ControlMessage, Hello, Job, Lease, Orders, Turn, Unknown, Welcome
 
 Progress = Mapping[Lease, tuple[str, int]]
 """A client's turns that run or are done, how far each is."""
@@ -32,6 +32,7 @@ class Trial:
     def __init__(self, kind: str, who: str, goal: float, stopped: Mapping[str, Progress]) -> None:
         self.kind, self.who, self.goal = kind, who, goal
         self.stopped = dict(stopped)
+        self.told: set[str] = set()
         self.since: float | None = None
         self.restarted: float | None = None
         self.seconds: float | None = None
@@ -45,7 +46,7 @@ class Watch:
         self.injected: Counter[str] = Counter()
         self.moved = time.monotonic()
         self.trials: list[Trial] = []
-        self.loading: set[str] = set()
+        self.loading = {"broker"}
         self._seed, self._loss, self._double = seed, loss, double
         self._turns: dict[str, list[Turn]] = {}
         self._progress: dict[str, Progress] = {}
@@ -99,11 +100,10 @@ class Watch:
             return trial
 
     def killed(self, who: str) -> None:
-        """A process was killed. A peer is loading from now on, until it says that it is prepared."""
+        """A process was killed. It is loading from now on: a peer until it is prepared, a broker until it answers."""
         with self._lock:
             self.moved = time.monotonic()
-            if who != "broker":
-                self.loading.add(who)
+            self.loading.add(who)
 
     def restarted(self, who: str) -> None:
         """A process that was killed has been started again."""
@@ -134,6 +134,8 @@ class Watch:
                 self.jobs.update({job.lease: job for job in jobs})
                 if who.startswith("client"):
                     self._turns[who] = [job for job in jobs if isinstance(job, Turn)]
+            case Welcome() | Unknown():
+                self.loading.discard("broker")
             case Beat(prepared=prepared) if up:
                 if prepared is not None:
                     self.loading.discard(who)
@@ -159,12 +161,20 @@ class Watch:
             self._go_on(trial, client, progress, now)
 
     def _go_on(self, trial: Trial, client: str, progress: Progress, now: float) -> None:
-        """Take a client off a trial where it is at work on what it was not when the fault came."""
+        """Take a client off a trial where it is at work on what it was not when the fault came.
+
+        With a peer the lease is over; one that a broker gave lives on, and what a client tells the next broker first
+        may be from before: from there it has to go on.
+        """
         if trial.since is None or client not in trial.stopped:
             return
         before = trial.stopped[client]
-        own = trial.who == "broker"  # a lease that it gave lives on; with a peer the lease is over
-        if any(at != before.get(lease) if own else lease not in before for lease, at in progress.items()):
+        if trial.who == "broker" and client not in trial.told:
+            trial.told.add(client)
+            trial.stopped[client] = progress
+        elif any(
+            at != before.get(lease) if trial.who == "broker" else lease not in before for lease, at in progress.items()
+        ):
             del trial.stopped[client]
             if not trial.stopped:
                 trial.seconds = now - trial.since
