@@ -133,8 +133,8 @@ class Team:
             )
         if self._local >= torch.cuda.device_count():
             raise ConfigError(
-                f"torchrun started more processes on this machine than it has GPUs ({torch.cuda.device_count()}): lower "
-                "--nproc-per-node, or use --device cpu."
+                f"torchrun started more processes on this machine than it has GPUs ({torch.cuda.device_count()}): "
+                "lower --nproc-per-node, or use --device cpu."
             )
         torch.cuda.set_device(self._local)
         return torch.device("cuda", self._local)
