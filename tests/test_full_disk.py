@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import signal
 import subprocess
 from collections.abc import Iterator
 from contextlib import suppress
@@ -57,3 +58,21 @@ def test_a_run_with_a_full_disk_waits_and_goes_on_when_there_is_room(
     undisturbed = json.loads((digits_run / "summary.json").read_text())
     if policy == undisturbed["policy"]:
         assert summary["versions"] == undisturbed["versions"]
+
+
+def test_a_run_that_waits_for_room_can_be_stopped(small_disk: Path, processes: Processes) -> None:
+    port = free_port()
+    broker = processes.start("broker", *settings(f"broker.port={port}", *QUICK), "--out", str(small_disk / "out"))
+    broker.line("listens")
+    monitor = processes.start("monitor", "--broker", f"127.0.0.1:{port}")
+    for words in ("server", "client", "client"):
+        processes.start(words, "--broker", f"127.0.0.1:{port}")
+    monitor.line("is full: free ")
+    with suppress(OSError), (small_disk / "filling").open("wb", buffering=0) as file:
+        while True:
+            file.write(bytes(4096))
+    broker.process.send_signal(signal.SIGINT)
+    assert broker.wait(20) == 1
+    assert broker.err[-1].startswith("stopped by SIGINT. The last version, ")
+    for command in processes.started:
+        command.wait()

@@ -287,6 +287,9 @@ class Broker:
     def _wait_for_room(self, error: DiskFullError) -> None:
         """The disk is full: nothing follows from what happens until there is room. Say so once."""
         self._next_try = self.now() + RETRY_SECONDS
+        for event in self.news:
+            if isinstance(event, Stopped):  # whoever takes the run up need not know
+                self.scheduler.handle(Entry(self.now(), event))
         if self.full is None:
             self._publish([LogEvent(level="error", who="broker", text=f"{error}. The run waits for room on the disk")])
         self.full = error
