@@ -131,10 +131,16 @@ class Team:
                 f"This torch has no NCCL, which a server of {self.size} processes needs on GPUs: use --device cpu, or "
                 "start one process."
             )
-        if self._local >= torch.cuda.device_count():
+        count = torch.cuda.device_count()
+        if self._local >= count:
             raise ConfigError(
+<<<<<<< HEAD
                 f"torchrun started more processes on this machine than it has GPUs ({torch.cuda.device_count()}): "
                 "lower --nproc-per-node, or use --device cpu."
+=======
+                f"torchrun started more processes on this machine than it has GPUs ({count}): lower --nproc-per-node, "
+                "or use --device cpu."
+>>>>>>> r-dist
             )
         torch.cuda.set_device(self._local)
         return torch.device("cuda", self._local)
