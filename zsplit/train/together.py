@@ -134,13 +134,8 @@ class Team:
         count = torch.cuda.device_count()
         if self._local >= count:
             raise ConfigError(
-<<<<<<< HEAD
                 f"torchrun started more processes on this machine than it has GPUs ({torch.cuda.device_count()}): "
                 "lower --nproc-per-node, or use --device cpu."
-=======
-                f"torchrun started more processes on this machine than it has GPUs ({count}): lower --nproc-per-node, "
-                "or use --device cpu."
->>>>>>> r-dist
             )
         torch.cuda.set_device(self._local)
         return torch.device("cuda", self._local)
