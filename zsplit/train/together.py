@@ -134,7 +134,7 @@ class Team:
         count = torch.cuda.device_count()
         if self._local >= count:
             raise ConfigError(
-                f"torchrun started more processes on this machine than it has GPUs ({torch.cuda.device_count()}): "
+                f"torchrun started more processes on this machine than it has GPUs ({count}): "
                 "lower --nproc-per-node, or use --device cpu."
             )
         torch.cuda.set_device(self._local)
