@@ -9,7 +9,9 @@ from helpers import Play, config_of, configs, equal_shards, fingerprint, sizes_f
 from hypothesis import given
 from hypothesis import strategies as st
 
+from zsplit.wire.events import LogEvent
 from zsplit.wire.messages import Merge, Ref, Turn
+from zsplit_broker.bulletin import Bulletin
 from zsplit_broker.events import (
     Damaged,
     Done,
@@ -24,6 +26,7 @@ from zsplit_broker.events import (
     Stopped,
     Store,
 )
+from zsplit_broker.router import Router
 from zsplit_broker.scheduler import Scheduler, restore
 
 FAULTS = ["lose", "lose", "lose", "restart", "stop", "damage"]
@@ -232,6 +235,10 @@ def test_a_round_needs_min_clients_to_begin() -> None:
     play.go_on()
     sentence = "the run needs 2 clients (schedule.min_clients) and has 1: start more of them"
     assert play.scheduler.waits_for() == sentence
+    router = Router(play.config, play.scheduler, "r", (1, 2))
+    bulletin = Bulletin(play.scheduler, router, "r", "out")
+    said = [event for _ in range(3) for event in bulletin.state(0.0) if isinstance(event, LogEvent)]
+    assert [event.text for event in said] == [sentence], "it is said once"
     play.peers.append(("client", 1))
     play.tell(play.joined(("client", 1)))
     assert play.go_on().scheduler.outcome == Finish(True, "the run is finished")

@@ -36,6 +36,7 @@ class Bulletin:
         self._seq: dict[str, int] = {}
         self._last: dict[str, bytes] = {}
         self._rate = (0.0, 0, 0)
+        self._needs = ""
 
     def stamp(self, event: AnyEvent, time: float) -> tuple[bytes, bytes]:
         """Number an event; return the message `(topic, body)`. `time` is in unix seconds."""
@@ -53,8 +54,16 @@ class Bulletin:
     def state(self, now: float) -> Iterator[AnyEvent]:
         """Yield the run and its peers as they stand; losses collected since the last call go along."""
         yield self.run_event()
+        yield from self._standstill()
         for session in list(self.router.sessions.values()):
             yield self._client(session, now) if session.role == "client" else self._server(session, now)
+
+    def _standstill(self) -> Iterator[LogEvent]:
+        """Yield why no round can begin, once each time: who was lost was said, that too few are left was not."""
+        needs = self.scheduler.waits_for() if self.scheduler.phase == "validating" else ""
+        if needs and not self.scheduler.awaited() and needs != self._needs:
+            yield LogEvent(level="error", who="broker", text=needs)
+        self._needs = needs
 
     def run_event(self) -> RunEvent:
         """Return the run as it stands."""
