@@ -149,5 +149,5 @@ def test_processes_that_are_terminated_say_so_and_end_well(processes: Processes)
     client.process.send_signal(signal.SIGTERM)
     assert client.wait() == 0
     assert client.err[-1] in {f"client 0 left{when}: stopped by SIGTERM" for when in ("", " after its step")}
-    first.wait()
-    broker.wait()
+    broker.process.send_signal(signal.SIGINT)
+    assert (first.wait(), broker.wait()) == (1, 1)

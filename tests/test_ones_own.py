@@ -66,7 +66,7 @@ def test_weights_that_the_server_cannot_read_end_a_run_that_never_began(
     here: Callable[..., Ending], tmp_path: Path
 ) -> None:
     code, _, err = here("run", "--out", "out", *settings("broker.port=0", *QUICK, "model.weights=none.pt"))
-    assert code == 1
+    assert code == 2
     assert "model.weights = none.pt is no file on the server: put it there, or mend the path" in err.splitlines()[-1]
     assert not (tmp_path / "out").exists()
 
