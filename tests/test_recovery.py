@@ -93,7 +93,9 @@ def lineage(scheduler: Scheduler) -> list[tuple[object, ...]]:
 def storms(draw: st.DrawFn, policies: tuple[str, ...] = ("round_robin", "parallel")) -> Storm:
     """Return a run that nobody has begun, and what is to happen to it. Its plan, if any, is made once."""
     config = draw(configs(policies))
-    run = msgspec.structs.replace(config.run, rounds=draw(st.integers(1, 4)))
+    stops_early = config.run.eval_every and config.schedule.policy != "async"
+    patience = draw(st.sampled_from([0, 1])) if stops_early else 0
+    run = msgspec.structs.replace(config.run, rounds=draw(st.integers(1, 4)), patience=patience)
     fixed = msgspec.structs.replace(config.train, micro_batches=1)
     model = msgspec.structs.replace(config.model, cut="")
     config = msgspec.structs.replace(config, run=run, train=fixed, model=model)
@@ -331,6 +333,37 @@ def test_draining_before_there_is_a_version_ends_the_run_at_once() -> None:
     play.tell(Draining("stopped by SIGTERM"))
     sentence = "stopped by SIGTERM. Nothing was stored yet: start the run again"
     assert play.scheduler.outcome == Finish(False, sentence)
+
+
+def test_a_client_that_dies_after_the_broker_was_started_again_is_closed_out_too() -> None:
+    play = Play(config_of(**WAITING)).begin().go_on(events=2)
+    play.tell(Started(2))
+    play.tell(Lost("client", 1, "it was killed"))
+    without(play, 1)
+    missed = play.scheduler.overdue(play.log[-1].at + 60.0)
+    assert missed == Missed(1, "client 1 did not come back within 60 s (schedule.rejoin_timeout)")
+
+
+def test_time_in_which_the_broker_itself_was_stopped_is_not_waited() -> None:
+    play = Play(config_of(**WAITING)).begin().go_on(events=2)
+    play.tell(Lost("client", 1, "it was killed"))
+    without(play, 1)
+    woken = play.log[-1].at + 3600.0
+    assert play.scheduler.overdue(woken, since=woken) is None
+    assert play.scheduler.overdue(woken + 59.0, since=woken) is None
+    assert play.scheduler.overdue(woken + 60.0, since=woken) is not None
+
+
+def test_drawn_clients_that_are_slow_are_not_closed_out_for_those_who_were_not_drawn() -> None:
+    keys = WAITING | {"schedule__clients": 4, "schedule__clients_per_round": 2, "schedule__round_timeout": 10.0}
+    play = Play(config_of(**keys)).begin().go_on(events=2)
+    assert play.scheduler.overdue(1e6) is None
+
+
+def test_a_version_that_was_found_on_the_disk_and_is_damaged_is_pulled_from_its_holder() -> None:
+    play = Play(config_of(**WAITING)).begin().go_on(events=1)
+    (ref,) = play.scheduler.storing.values()
+    assert play.tell(Damaged(ref.digest, "its bytes are others")) == [Store(ref)]
 
 
 def test_a_broker_that_takes_a_run_up_asks_again_for_what_was_on_its_way() -> None:

@@ -161,7 +161,9 @@ class Desk:
 
     def beat(self, member: Member, *held: Held, **more: Any) -> list[Event]:
         """Beat once; return the news in it, which the scheduler has taken in."""
-        fields = {"sent": self.now, "held": held, "prepared": self.prepared(member)} | more
+        kept = self.scheduler.kept((member.role, member.index)) if member.token in self.router.sessions else []
+        have = (*kept, *(each.digest for each in held))
+        fields = {"sent": self.now, "held": held, "have": have, "prepared": self.prepared(member)} | more
         beat = Beat(session=member.token, **fields)
         events = self.router.control(beat, member.control, self.now)
         self.take(events)

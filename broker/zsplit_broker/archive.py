@@ -39,6 +39,11 @@ class Archive:
         if self.storing.pop(digest, None) is None:
             return
         self.stored = [other for other in self._ordered if other == digest or other in self.stored]
-        while len(self.stored) > KEPT_VERSIONS and self.stored[0] not in needed:
+        while len(self.stored) > KEPT_VERSIONS and self.stored[0] not in needed and not self._is_footing():
             yield self.stored.pop(0)
         self._ordered = [other for other in self._ordered if other in self.stored or other in self.storing]
+
+    def _is_footing(self) -> bool:
+        """Whether a version between the oldest two is on its way: were it lost, the oldest would be gone back to."""
+        between = self._ordered[: self._ordered.index(self.stored[1])]
+        return any(other in self.storing for other in between)

@@ -65,7 +65,8 @@ class Depot:
             intake.abort()
 
     def discard(self, digest: str) -> None:
-        """Remove a version from the disk."""
+        """Remove a version from the disk; from now on it is not there."""
+        self.versions.forget(digest)
         self._writer.submit("", lambda: self.versions.delete(digest))
 
     def take(self, chunk: Chunk, data: memoryview | None) -> None:

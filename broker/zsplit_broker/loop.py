@@ -151,20 +151,31 @@ class Broker:
             self.metrics += self._publish([self.bulletin.round_event(done)])
         self._born = time.monotonic() - self.scheduler.now
         self._next_tick = self._next_publish = self._next_try = 0.0
+        self._forgiven = self.now()
 
     # Start and end
 
     def serve(self) -> Finish:
         """Run until the run is over; return how it ended. A call to `stop` ends it early."""
-        while self.scheduler.outcome is None or (self.news and not self.scheduler.outcome.ok):
+        while self._goes_on():
             try:
                 self._turn()
             except StorageError as error:  # the journal cannot be written: nothing may follow any more
                 self.news.clear()
                 self.scheduler.handle(Entry(self.now(), Stopped(str(error))))
-        outcome = self._export() if self.scheduler.outcome.ok else self.scheduler.outcome
+        ended = self.scheduler.outcome
+        if ended is None:
+            raise AssertionError("the run goes on")
+        outcome = self._export() if ended.ok else ended
         self._conclude(outcome)
         return outcome
+
+    def _goes_on(self) -> bool:
+        """Whether the run is on, or is still to be taken up; one whose disk has no room for that can be stopped."""
+        outcome = self.scheduler.outcome
+        if outcome is not None and self.full is not None and self.stopping:
+            return False
+        return outcome is None or (bool(self.news) and not outcome.ok)
 
     def stop(self, sentence: str) -> None:
         """End the run at the next turn of the loop; safe to call from a signal handler."""
@@ -255,12 +266,14 @@ class Broker:
             self.news.append(Draining(self.draining))
             self.draining = ""
         if now >= self._next_tick:
+            if now > self._next_tick + 2 * self.config.link.beat_seconds or self.full is not None:
+                self._forgiven = now  # it was stopped itself, or could write nothing: nobody was waited for
             self._next_tick = now + self.config.link.beat_seconds / 2
             for session in self.router.silent(now):
                 self._send(session.control, self.router.orders(session, now=now))  # fails where it is gone
             self.news += self.router.tick(now)
-            overdue = self.scheduler.overdue(now)
-            if overdue is not None and overdue not in self.news:
+            overdue = self.scheduler.overdue(now, self._forgiven) if self.full is None else None
+            if overdue is not None:
                 self.news.append(overdue)
             self.depot.tick()
             self._write_metrics()
@@ -287,9 +300,11 @@ class Broker:
     def _wait_for_room(self, error: DiskFullError) -> None:
         """The disk is full: nothing follows from what happens until there is room. Say so once."""
         self._next_try = self.now() + RETRY_SECONDS
-        for event in self.news:
-            if isinstance(event, Stopped):  # whoever takes the run up need not know
-                self.scheduler.handle(Entry(self.now(), event))
+        self.news = [event for number, event in enumerate(self.news) if event not in self.news[:number]]
+        stopped = next((event for event in self.news if isinstance(event, Stopped)), None)
+        if stopped is not None:  # whoever takes the run up need not know
+            self.scheduler.handle(Entry(self.now(), stopped))
+            self.news.clear()
         if self.full is None:
             self._publish([LogEvent(level="error", who="broker", text=f"{error}. The run waits for room on the disk")])
         self.full = error

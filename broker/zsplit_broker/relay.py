@@ -226,10 +226,10 @@ class Relay:
         if message.source == "broker":
             return Route(BROKER, asked)
         to = self.data_of(message.source)
+        if message.digest in self.scheduler.stored and not self._has(message.source, message.digest):
+            return Route(BROKER, asked)  # who held it is gone, or another process by now, and the disk has it
         if to is not None:
             return Route(to, asked)
-        if message.digest in self.scheduler.stored:
-            return Route(BROKER, asked)  # who held it is gone, and the disk has it
         return Route(sender, self.lacking(message, session.name))
 
     def lacking(self, pull: Pull, origin: str) -> Chunk:
@@ -251,6 +251,11 @@ class Relay:
             session.up += size
             to.down += size
         return Route(to.data)
+
+    def _has(self, name: str, digest: str) -> bool:
+        """Whether a peer is connected and says that it has a state."""
+        holder = self.by_peer.get(peer_of(name))
+        return holder is not None and holder.data is not None and holder.beat is not None and digest in holder.beat.have
 
     def name_of(self, data: bytes) -> str:
         """Return the name of the peer on a data connection, or nothing."""

@@ -39,7 +39,7 @@ from zsplit_broker.events import (
 from zsplit_broker.policy import segment_of, shares_back
 from zsplit_broker.state import Finished, Mark, evaluated_by
 from zsplit_broker.survey import measures
-from zsplit_broker.work import ON_DISK, Peer, Work, client_of, peer_of, refs_in
+from zsplit_broker.work import ON_DISK, Peer, Work, client_of, peer_of, refs_in, refs_of
 
 
 class Scheduler(Course):
@@ -102,7 +102,9 @@ class Scheduler(Course):
 
     def _withdraw(self, peer: Peer) -> Iterator[Instruction]:
         """Close what a peer that is gone had under way, and count what it held for others as not done."""
-        yield from self._close_all(work for work in self.work.values() if takes_part(peer, work))
+        yield from self._close_all(
+            work for work in self.work.values() if takes_part(peer, work) or self._needs_of(peer, work)
+        )
         lost = {ref.digest for ref in self._refs() if peer_of(ref.holder) == peer}
         yield from self._drop_contributions(lost)
         versions = [*self.unsettled.values(), *self.storing.values()] + ([self.version] if self.version else [])
@@ -111,6 +113,10 @@ class Scheduler(Course):
         elif self.version is not None and self.version.digest in lost:
             self.version = Ref(digest=self.version.digest, holder=ON_DISK)
         self.unsettled = {r: self._where(ref, lost) for r, ref in self.unsettled.items()}
+
+    def _needs_of(self, peer: Peer, work: Work) -> bool:
+        """Whether a job needs a state that this peer held and no disk has."""
+        return any(peer_of(ref.holder) == peer and ref.digest not in self.stored for ref in refs_of(work.job))
 
     def _where(self, ref: Ref, lost: set[str]) -> Ref:
         return Ref(digest=ref.digest, holder=ON_DISK) if ref.digest in lost else ref
@@ -173,7 +179,7 @@ class Scheduler(Course):
         mark = self.marks[digest] if digest is not None else Mark(0)
         yield from self._close_all(work for work in self.work.values() if self._is_after(mark, work))
         yield from (Forsake(each) for each in self.archive.forsake())
-        for newer in self.stored[self.stored.index(digest) + 1 :] if digest is not None else []:
+        for newer in self.stored[self.stored.index(digest) + 1 if digest is not None else 0 :]:
             self.archive.remove(newer)
             yield Discard(newer)
         self.marks = {each: self.marks[each] for each in self.stored}
@@ -222,7 +228,8 @@ class Scheduler(Course):
     def _take_up(self, event: Started) -> Iterator[Instruction]:
         """A broker takes the run up: go on where it was; where it had ended early, with whoever joins from now on."""
         self.epoch, self.number, self.ports = event.epoch, 0, event.ports
-        self.assembled, self.draining = None, ""
+        lives_on = self.outcome is None and self.assembled is not None
+        self.assembled, self.draining = (self.now if lives_on else None), ""
         if self.outcome is not None:
             self.outcome = None
             self.gone |= dict.fromkeys(self.peers, self.now)
@@ -240,8 +247,13 @@ class Scheduler(Course):
     def _damaged(self, digest: str) -> Iterator[Instruction]:
         """Go on without a version that was stored: where it is needed, from the one before it."""
         if digest not in self.stored:
+            if digest in self.storing:  # it was found on the disk, and read in vain: its holder has it
+                yield Store(self.storing[digest])
             return
         self.archive.remove(digest)
+        yield from self._close_all(
+            work for work in self.work.values() if Ref(digest=digest, holder=ON_DISK) in refs_of(work.job)
+        )
         needed = [ref for ref in (self.version, *self.unsettled.values()) if ref is not None and ref.digest == digest]
         yield Discard(digest)
         if any(ref.holder == ON_DISK for ref in needed):
@@ -253,30 +265,34 @@ class Scheduler(Course):
 
     # Going on without a client
 
-    def overdue(self, now: float) -> Missed | None:
-        """Return the client that was waited for long enough, and without which the run can go on; None: nobody."""
+    def overdue(self, now: float, since: float = 0.0) -> Missed | None:
+        """Return the client that was waited for long enough, and without which the run can go on; None: nobody.
+
+        Nobody was waited for before `since`: the broker itself was stopped, or could write nothing.
+        """
         schedule = self.config.schedule
         if self.assembled is None or self.phase in ("waiting", "finished"):
             return None
+        earliest = max(self.assembled, since)
         training = self.phase == "training"
         if not (training and not self.is_async and self._is_open(Turn)):
             for client in self.awaited():
-                since = max(self.gone.get(("client", client), self.assembled), self.assembled)
-                if now - since >= schedule.rejoin_timeout and self._can_spare(client):
+                gone = max(self.gone.get(("client", client), earliest), earliest)
+                if now - gone >= schedule.rejoin_timeout and self._can_spare(client):
                     waited = f"{schedule.rejoin_timeout:g} s (schedule.rejoin_timeout)"
                     return Missed(client, f"client {client} did not come back within {waited}")
-        if training and not self.is_async and schedule.round_timeout and self._is_late(now):
+        if training and not self.is_async and schedule.round_timeout and self._is_late(now, earliest):
             for client in sorted(self._stragglers()):
                 if self._can_spare(client):
                     allowed = f"{schedule.round_timeout:g} s (schedule.round_timeout)"
                     return Missed(client, f"client {client} did not finish within {allowed}")
         return None
 
-    def _is_late(self, now: float) -> bool:
+    def _is_late(self, now: float, earliest: float) -> bool:
         """Whether the time for a round is up; where clients take turns, each turn has as much."""
         alone = self.config.schedule.policy == "round_robin"
         began = self.stage_began if alone else self.books.rounds[self.round].began
-        return now - max(began, self.assembled or 0.0) >= self.config.schedule.round_timeout
+        return now - max(began, earliest) >= self.config.schedule.round_timeout
 
     def _stragglers(self) -> set[int]:
         """Return the clients whose turn is open and not done, or due while they are not here."""
@@ -294,7 +310,8 @@ class Scheduler(Course):
             return True  # it is waited for with an evaluation only
         if self._later_turns(client):
             return True
-        if self.config.schedule.clients_per_round:  # all that were drawn may be gone, and be drawn no more
+        gone = ("client", client) not in self.peers
+        if self.config.schedule.clients_per_round and gone:  # all that were drawn may be, and be drawn no more
             return len([other for other in self.clients if other != client]) >= least
         stragglers = self._stragglers()
         return len([other for other in self.crowd() if other != client and other not in stragglers]) >= least
@@ -395,7 +412,8 @@ class Scheduler(Course):
 
     def _stored(self, digest: str) -> Iterator[Instruction]:
         if digest in self.storing:
-            for other in self.archive.written(digest, {ref.digest for ref in self.unsettled.values()}):
+            needed = [*self.unsettled.values(), *(ref for work in self.work.values() for ref in refs_of(work.job))]
+            for other in self.archive.written(digest, {ref.digest for ref in needed}):
                 self.marks.pop(other, None)
                 yield Discard(other)
             yield from self.proceed()

@@ -273,9 +273,15 @@ class State:
 
     @property
     def stalled(self) -> bool:
-        """Whether validation has not become better for so long that training ends (early stopping)."""
+        """Whether validation has not become better for so long that training ends (early stopping).
+
+        Only rounds count that are always evaluated by now: otherwise it would depend on who was faster, and on what was
+        lost and done again.
+        """
         patience = self.config.run.patience
-        scores = [r.validation.top1 / r.validation.samples for r in self.history if r.validation.samples]
+        last = self.round - (0 if self.config.schedule.policy == "parallel" else 1)
+        judged = [record.validation for record in self.history if record.round < last and record.validation.samples]
+        scores = [tally.top1 / tally.samples for tally in judged]
         return patience > 0 and len(scores) > patience and max(scores[-patience:]) <= max(scores[:-patience])
 
     @property
@@ -341,8 +347,8 @@ class State:
             assert client is None or ("client", client) in self.peers, "work for a client that is not there"
             assert not work.complete, "finished work is still open"
             for ref in refs_of(work.job):
-                held = ref.holder == ON_DISK or peer_of(ref.holder) in self.peers or ref.digest in self.stored
-                assert held, "work that needs a state which nobody has"
+                held = ref.holder != ON_DISK and peer_of(ref.holder) in self.peers
+                assert held or ref.digest in self.stored, "work that needs a state which nobody has"
 
 
 def evaluated_by(job: Evaluate) -> Evaluated:
