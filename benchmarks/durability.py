@@ -114,7 +114,8 @@ def main(model: str, steps: int, batch: int, rounds: int, file: Path | None) -> 
     """Train, and say what share of the time went into being able to go on after a crash."""
     task = Task(model, (3, 32, 32), batch, UNLIMITED, CLIENTS, steps)
     seconds, wall, nbytes = measure(task, rounds)
-    table = Table("what", "ms a round", "share of the round", box=SIMPLE, title=f"{wall / rounds:.1f} s a round")
+    title = f"Shares of a round of {wall / rounds:.1f} s"
+    table = Table("what", "ms a round", "share of the round", box=SIMPLE, title=title)
     shares = {what: spent / wall for what, spent in seconds.items()}
     for what, spent in seconds.items():
         table.add_row(what, f"{1000 * spent / rounds:.1f}", f"{100 * shares[what]:.3f} %")

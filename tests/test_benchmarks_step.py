@@ -1,4 +1,4 @@
-"""The benchmarks of a step and of starting up run, and write what they measured."""
+"""The benchmarks of a step, of starting up and of recovery run, and write what they measured."""
 
 import json
 import subprocess
@@ -63,3 +63,13 @@ def test_a_run_on_the_digits_loads_no_torch_in_the_broker_and_no_torchvision_any
     loaded = startup["loaded"]
     assert {"zsplit", "zsplit_broker", "zmq"} <= set(loaded["broker"])
     assert all({"zsplit", "torch", "zmq"} <= set(loaded[role]) for role in ("server", "client"))
+
+
+def test_the_durability_benchmark_says_what_recovery_costs(tmp_path: Path) -> None:
+    options = "--model pipelearn/vgg5 --steps 2 --batch 4 --rounds 2"
+    figures = figures_of("durability.py", tmp_path, *options.split())
+    assert set(figures["seconds"]) == {"journal", "storing", "kept (server)", "kept (client)"}
+    assert all(seconds > 0 for seconds in figures["seconds"].values())
+    without_storing = sum(share for what, share in figures["shares"].items() if what != "storing")
+    assert figures["waited_for"] == pytest.approx(without_storing)
+    assert figures["version_bytes"] > 1_000_000
