@@ -99,7 +99,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tup
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("place", [place for place in crash.POINTS if place != "broker.replay"])
+@pytest.mark.parametrize("place", [place for place in crash.POINTS if place != "broker.replay"])  # see test_resume.py
 def test_who_is_killed_here_is_started_again_and_the_run_ends_bit_identical(
     place: str,
     mode: str,

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import QUICK, Processes, free_port, settings
+from conftest import QUICK, Processes, free_port, settings, until
 
 from zsplit_broker.journal import JOURNAL
 from zsplit_broker.versions import SUFFIX
@@ -212,3 +212,22 @@ def test_a_broker_that_died_before_its_run_s_model_was_written_writes_it_when_it
     assert (tmp_path / "out" / "model.safetensors").exists()
     for peer in peers:
         assert peer.wait() == 0, peer.err
+
+
+def test_a_broker_that_dies_in_the_middle_of_its_replay_is_taken_up_by_the_next(
+    processes: Processes, tmp_path: Path, undisturbed: list[str]
+) -> None:
+    port, once = free_port(), tmp_path / "once"
+    keys = options(f"broker.port={port}")
+    start(processes, port, *keys, "--out", "out")
+    broker = processes.started[0]
+    until(lambda: (tmp_path / "out" / "metrics.jsonl").exists())
+    broker.process.kill()
+    broker.wait()
+    crash = {"ZSPLIT_TEST_FAULTS": "1", "ZSPLIT_CRASH_AT": "broker.replay:5", "ZSPLIT_CRASH_ONCE": str(once)}
+    assert processes.run("broker", *keys, "--out", "out", **crash).process.returncode == -signal.SIGKILL
+    assert once.exists()
+    assert processes.run("broker", *keys, "--out", "out").process.returncode == 0
+    for peer in processes.started[1:4]:
+        assert peer.wait() == 0, peer.err
+    assert versions_of(tmp_path / "out") == undisturbed
