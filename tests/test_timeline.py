@@ -201,7 +201,7 @@ def test_a_full_disk_is_said_in_a_sentence(tmp_path: Path) -> None:
     (tmp_path / TIMELINE).symlink_to("/dev/full")
     with pytest.raises(StorageError) as error:
         write(tmp_path, (CLIENT, step(0, 1.0)))
-    assert str(error.value) == (f"the disk of {tmp_path} is full: free 1 MB and resume; what was stored is intact")
+    assert str(error.value) == (f"the disk of {tmp_path} is full: free 1 MB; what was stored is intact")
 
 
 # What is read
