@@ -101,6 +101,24 @@ def test_chunks_may_come_in_any_order_and_twice(versions: Versions) -> None:
     assert stored(versions, digest) == made
 
 
+@pytest.mark.parametrize("position", [0, -1])
+def test_a_chunk_that_comes_again_with_other_bytes_is_noticed(versions: Versions, position: int) -> None:
+    manifest, data = state(1)
+    draft = versions.begin(manifest)
+    draft.write(0, data)
+    other = bytearray(data)
+    other[position] ^= 1
+    draft.write(0, other)
+    with pytest.raises(RemoteProtocolError, match="came with other bytes than its digest says"):
+        draft.commit()
+    assert versions.digests() == []
+
+
+def test_what_came_in_order_is_not_read_back(versions: Versions, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.pread", None)
+    assert store(versions, state(1)) in versions
+
+
 def test_a_version_is_a_plain_safetensors_file(versions: Versions) -> None:
     manifest, data = made = state(1)
     found = dict(safetensors.deserialize(versions.path(store(versions, made)).read_bytes()))

@@ -16,10 +16,11 @@ from threading import Lock
 from typing import NamedTuple
 
 import msgspec
+from blake3 import blake3
 
 from zsplit.errors import LocalProtocolError, RemoteProtocolError, StorageError
 from zsplit.wire.frames import CHUNK
-from zsplit.wire.manifest import METADATA, Manifest, hasher
+from zsplit.wire.manifest import METADATA, Manifest, hex_of
 from zsplit_broker.disk import PARTIAL, create_file, rename_file, storage_errors, sync_folder, write_all
 
 SUFFIX = ".safetensors"
@@ -184,7 +185,8 @@ class Versions:
 class Draft:
     """A version on its way to the disk: `write` until all is there, then `commit`; or `abort`.
 
-    One thread at a time. The first write takes up the space of the whole file, so that a full disk shows at once.
+    One thread at a time. The first write takes up the space of the whole file, so that a full disk shows at once. What
+    comes in order is checked as it comes; otherwise `commit` reads it back.
     """
 
     def __init__(self, manifest: Manifest, temporary: Path, publish: Callable[[Path, int, str], None]) -> None:
@@ -194,6 +196,7 @@ class Draft:
         self._publish = publish
         self._descriptor = -1
         self._over = False
+        self._check = _Check(manifest)
 
     def write(self, offset: int, data: bytes | memoryview) -> None:
         """Write bytes of the data section, in any order. The same bytes may come again.
@@ -203,6 +206,7 @@ class Draft:
         _check_span(self.manifest, offset, len(data))
         with self._errors():
             write_all(self._file(), data, len(self._head) + offset)
+        self._check.take(offset, data)
 
     def commit(self) -> None:
         """Check every tensor and make the draft a version; when this returns it is durable.
@@ -213,7 +217,8 @@ class Draft:
         digest = self.manifest.digest
         try:
             with self._errors():
-                wrong = _wrong_tensor(_Stored(self._file(), len(self._head), self.manifest))
+                stored = _Stored(self._file(), len(self._head), self.manifest)
+                wrong = self._check.wrong if self._check.whole else _wrong_tensor(stored)
             if wrong is not None:
                 raise RemoteProtocolError(
                     f"tensor {wrong!r} of state {digest} came with other bytes than its digest says: pull it again"
@@ -280,17 +285,57 @@ def _check_span(manifest: Manifest, offset: int, length: int) -> None:
         )
 
 
+class _Check:
+    """Compares a state's tensors with their digests as the bytes of its data section come, first to last.
+
+    `wrong` is the first tensor so far that is another than its digest says. Bytes out of order, or that come again,
+    are not looked at, and `whole` is false from then on.
+    """
+
+    def __init__(self, manifest: Manifest) -> None:
+        self.wrong: str | None = None
+        self._left = iter(manifest.entries)
+        self._entry = next(self._left, None)
+        self._found, self._missing = blake3(), self._entry.nbytes if self._entry else 0
+        self._next, self._in_order = 0, True
+        self._end_tensors()
+
+    @property
+    def whole(self) -> bool:
+        """Whether all bytes came, each once, and every tensor was compared."""
+        return self._in_order and self._entry is None
+
+    def take(self, offset: int, data: bytes | memoryview) -> None:
+        """Take in the bytes that stand at this offset, if they are the next ones."""
+        self._in_order = self._in_order and offset == self._next
+        if not self._in_order:
+            return
+        self._next += len(data)
+        rest = memoryview(data)
+        while rest:
+            self._found.update(rest[: self._missing])
+            taken = min(self._missing, len(rest))
+            rest, self._missing = rest[taken:], self._missing - taken
+            self._end_tensors()
+
+    def _end_tensors(self) -> None:
+        """Compare the tensor that has all its bytes, and the empty ones after it."""
+        while self._entry is not None and not self._missing:
+            if self.wrong is None and hex_of(self._found) != self._entry.digest:
+                self.wrong = self._entry.name
+            self._entry = next(self._left, None)
+            self._found, self._missing = blake3(), self._entry.nbytes if self._entry else 0
+
+
 def _wrong_tensor(stored: _Stored) -> str | None:
     """Return the name of the first tensor whose bytes do not have its digest. Raises OSError."""
-    spans = stored.manifest.offsets()
-    for entry in stored.manifest.entries:
-        found = hasher()
-        first, last = spans[entry.name]
-        for offset in range(first, last, CHUNK):
-            found.update(os.pread(stored.descriptor, min(CHUNK, last - offset), stored.start + offset))
-        if found.hexdigest() != entry.digest:
-            return entry.name
-    return None
+    check = _Check(stored.manifest)
+    for offset in range(0, stored.manifest.nbytes, CHUNK):
+        length = min(CHUNK, stored.manifest.nbytes - offset)
+        check.take(offset, os.pread(stored.descriptor, length, stored.start + offset))
+        if check.wrong is not None:
+            break
+    return check.wrong
 
 
 def _export(stored: _Stored, path: Path) -> None:

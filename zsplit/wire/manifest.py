@@ -8,10 +8,10 @@ holds only a part of a state can still name its tensors.
 
 import json
 from collections.abc import Iterable, Iterator, Mapping
-from hashlib import blake2b
 from typing import Annotated
 
 import msgspec
+from blake3 import blake3
 
 from zsplit.errors import RemoteProtocolError
 from zsplit.wire.frames import CHUNK, ITEMSIZE, elements
@@ -28,6 +28,8 @@ WEIGHTS = "weights"
 METADATA = "__metadata__"
 """The one key of a safetensors header that is not a tensor's name."""
 
+DIGEST_BYTES = 16
+
 MAX_STATE = 1 << 50
 """Bytes of a state: far more than a model has, and far less than a file offset can count."""
 
@@ -36,7 +38,7 @@ Shape = tuple[Annotated[int, msgspec.Meta(ge=0)], ...]
 
 
 class Entry(msgspec.Struct, frozen=True, array_like=True):
-    """One tensor of a state. `digest` is the blake2b-128 of its bytes, in hex."""
+    """One tensor of a state. `digest` is the first 128 bits of the BLAKE3 of its bytes, in hex."""
 
     name: str
     dtype: str
@@ -149,10 +151,10 @@ class Manifest(msgspec.Struct, frozen=True):
 
 
 def digest_of(data: bytes | memoryview) -> str:
-    """Return the blake2b-128 digest of the bytes, in hex."""
-    return hasher(data).hexdigest()
+    """Return the digest of the bytes in hex: the first 128 bits of their BLAKE3."""
+    return hex_of(blake3(data))
 
 
-def hasher(data: bytes | memoryview = b"") -> blake2b:
-    """Return the hash object of a digest, for bytes that come in pieces."""
-    return blake2b(data, digest_size=16)
+def hex_of(hasher: blake3) -> str:
+    """Return the digest of what was hashed in pieces, as `digest_of` does of the whole."""
+    return hasher.hexdigest(length=DIGEST_BYTES)
