@@ -55,6 +55,12 @@ def config_of(**values: object) -> Config:
     return load_config(None, {key.replace("__", "."): value for key, value in values.items()})
 
 
+def flat(config: Config) -> dict[str, object]:
+    """Return all keys of a config as `config_of` takes them."""
+    tables = msgspec.to_builtins(config)
+    return {f"{section}__{key}": value for section, rows in tables.items() for key, value in rows.items()}
+
+
 def anything(type_: Any) -> st.SearchStrategy[Any]:
     """Return a strategy for all values of a type that msgspec decodes, read off the type itself.
 
@@ -307,6 +313,19 @@ def fingerprint(scheduler: Scheduler) -> tuple[object, ...]:
         (scheduler.plans.situation, scheduler.plans.deciding, scheduler.plans.made),
         (scheduler.plans.current, scheduler.plans.predicted),
     )
+
+
+def undisturbed(play: Play) -> Scheduler:
+    """Return how the run of a play ends when nothing happens to it."""
+    return Play(play.config, play.shards, len([p for p in play.peers if p[0] == "server"])).begin().go_on().scheduler
+
+
+def lineage(scheduler: Scheduler) -> list[tuple[object, ...]]:
+    """Return what a run came to, round by round: nothing of how long it took."""
+    return [
+        (r.round, r.version, r.train.steps, r.train.samples, r.train.loss_sum, r.validation.samples, r.clients.keys())
+        for r in scheduler.history
+    ]
 
 
 def through_the_journal(entry: Entry) -> Entry:

@@ -5,7 +5,17 @@ from random import Random
 
 import msgspec
 import pytest
-from helpers import Play, config_of, configs, equal_shards, fingerprint, sizes_for, unhurried
+from helpers import (
+    Play,
+    config_of,
+    configs,
+    equal_shards,
+    fingerprint,
+    lineage,
+    sizes_for,
+    undisturbed,
+    unhurried,
+)
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -74,19 +84,6 @@ class Storm:
         assert fingerprint(again) == fingerprint(play.scheduler)
         play.scheduler = again
         play.tell(Started(again.epoch + 1))
-
-
-def undisturbed(play: Play) -> Scheduler:
-    """Return how the run ends when nothing happens to it."""
-    return Play(play.config, play.shards, len([p for p in play.peers if p[0] == "server"])).begin().go_on().scheduler
-
-
-def lineage(scheduler: Scheduler) -> list[tuple[object, ...]]:
-    """Return what a run came to, round by round: nothing of how long it took."""
-    return [
-        (r.round, r.version, r.train.steps, r.train.samples, r.train.loss_sum, r.validation.samples, r.clients.keys())
-        for r in scheduler.history
-    ]
 
 
 @st.composite

@@ -4,23 +4,22 @@ import json
 import math
 from collections import Counter
 from collections.abc import Iterator
-from itertools import count
 from pathlib import Path
 from random import Random
 from typing import Any
 
 import msgspec
 import pytest
+from desk import RUN, Desk, Member
 from helpers import (
     LINK,
     NO_SUCH_LEASE,
     PROFILE,
     Play,
     anything,
-    config_of,
     configs,
     fingerprint,
-    planned,
+    flat,
     sizes_for,
     through_the_journal,
     unhurried,
@@ -40,7 +39,6 @@ from zsplit.wire.messages import (
     Beat,
     Bye,
     Chunk,
-    ControlMessage,
     DataMessage,
     Detached,
     Evaluate,
@@ -55,7 +53,6 @@ from zsplit.wire.messages import (
     Merge,
     Orders,
     Plan,
-    Prepared,
     Pull,
     Ref,
     Refused,
@@ -65,153 +62,16 @@ from zsplit.wire.messages import (
     Tally,
     Telemetry,
     TensorMeta,
-    Tensors,
     Turn,
     Welcome,
 )
 from zsplit_broker.bulletin import Bulletin
-from zsplit_broker.events import Close, Decide, Done, Entry, Event, Joined, Lost, Planned, Ready, Started, Store, Stored
+from zsplit_broker.events import Done, Entry, Event, Joined, Lost, Planned, Ready, Started
 from zsplit_broker.relay import BROKER, Route, peer_of
-from zsplit_broker.router import Outgoing, Router
-from zsplit_broker.scheduler import Scheduler
 from zsplit_broker.summary import summarise
 from zsplit_broker.work import Peer, client_of
 
-SMASHED = TensorMeta("smashed", "F32", (2, 3), "raw", 24)
-LABELS = TensorMeta("labels", "I64", (2,), "raw", 16)
 GRADIENTS = TensorMeta("gradients", "F32", (2, 3), "raw", 24)
-
-RUN = "run"
-
-
-class Member:
-    """A process that is in: its index, its token, and its routing ids on the two sockets."""
-
-    def __init__(self, role: Role, index: int, token: str, control: bytes, data: bytes) -> None:
-        self.role, self.index, self.token = role, index, token
-        self.control, self.data = control, data
-
-    @property
-    def name(self) -> str:
-        return f"{self.role}.{self.index}"
-
-
-class Desk:
-    """A router and its scheduler, the clock in the test's hands. News is taken in as soon as there is some."""
-
-    def __init__(self, shards: list[Prepared] | None = None, **keys: object) -> None:
-        self.config = config_of(**keys)
-        self.shards = shards or [Prepared(cut="relu", train=64, validation=4, test=4)] * self.config.schedule.clients
-        self.now = 0.0
-        self.scheduler = Scheduler(self.config)
-        tokens = (f"token {n}" for n in count())
-        self.router = Router(self.config, self.scheduler, RUN, (5758, 5759), lambda: next(tokens))
-        self.log: list[Event] = []
-        self.stores: list[str] = []
-        self.asked: list[Decide] = []
-        self.probed: list[bytes] = []
-        self._ids = count()
-        self.take([Started(1)])
-
-    def take(self, events: list[Event]) -> None:
-        """Let the scheduler follow from the news."""
-        for event in events:
-            self.log.append(event)
-            for said in self.scheduler.handle(Entry(self.now, event)):
-                if isinstance(said, Close):
-                    self.router.relay.forget(said.job.lease)
-                elif isinstance(said, Store):
-                    self.stores.append(said.ref.digest)
-                elif isinstance(said, Decide):
-                    self.asked.append(said)
-            self.scheduler.check()
-
-    def routing_id(self) -> bytes:
-        return b"id %d" % next(self._ids)
-
-    def hello(self, role: Role, index: int = -1, instance: str = "a", **more: Any) -> ControlMessage | None:
-        """Say hello on a new connection, or on that of `control`; return the answer."""
-        control = more.pop("control", None) or self.routing_id()
-        hello = Hello(**{"protocol": PROTOCOL, "role": role, "index": index, "instance": instance} | more)
-        answers = list(self.router.hello(control, hello, self.now))
-        self.take([answer for answer in answers if isinstance(answer, Lost)])
-        sent = [answer for answer in answers if isinstance(answer, Outgoing)]
-        self.probed = [out.to for out in sent if out.to != control]
-        return next((out.message for out in sent if out.to == control), None)
-
-    def enter(self, role: Role, index: int = -1, instance: str | None = None) -> Member:
-        """Say hello and attach; not ready for jobs yet."""
-        control = self.routing_id()
-        answer = self.hello(role, index, instance or f"{role} {index}", control=control)
-        assert isinstance(answer, Welcome), answer
-        member = Member(role, answer.index, answer.session, control, self.routing_id())
-        assert self.router.relay.route(member.data, Attach(RUN, member.token), 0) == Route(
-            member.data, Attached(RUN, member.token)
-        )
-        return member
-
-    def join(self, role: Role, index: int = -1, instance: str | None = None) -> Member:
-        """Come in and be ready for jobs."""
-        member = self.enter(role, index, instance)
-        self.beat(member)
-        return member
-
-    def prepared(self, member: Member) -> Prepared:
-        return self.shards[member.index] if member.role == "client" else Prepared(cut="relu")
-
-    def beat(self, member: Member, *held: Held, **more: Any) -> list[Event]:
-        """Beat once; return the news in it, which the scheduler has taken in."""
-        kept = self.scheduler.kept((member.role, member.index)) if member.token in self.router.sessions else []
-        have = (*kept, *(each.digest for each in held))
-        fields = {"sent": self.now, "held": held, "have": have, "prepared": self.prepared(member)} | more
-        beat = Beat(session=member.token, **fields)
-        events = self.router.control(beat, member.control, self.now)
-        self.take(events)
-        return events
-
-    def orders(self, member: Member) -> Orders:
-        return self.router.orders(self.session(member))
-
-    def session(self, member: Member) -> Any:
-        found = self.router.session(member.token)
-        assert found is not None
-        return found
-
-    def done(self, member: Member, job: Job, **more: Any) -> list[Event]:
-        """Report a job that is over."""
-        return self.beat(member, Held(lease=job.lease, state="done", digest=digest_of(member.name.encode()), **more))
-
-    def stored(self) -> None:
-        """Let the disk be ready."""
-        while self.stores:
-            self.take([Stored(self.stores.pop(0))])
-
-    def planned(self) -> None:
-        """Let the planner answer."""
-        while self.asked:
-            self.take([planned(self.config, self.asked.pop(0))])
-
-    def job(self, member: Member) -> Any:
-        (job,) = self.orders(member).jobs
-        return job
-
-    def send(self, sender: Member, message: DataMessage, size: int = 100) -> Route | None:
-        return self.router.relay.route(sender.data, message, size)
-
-    def tensors(self, sender: Member, lease: Lease, *metas: TensorMeta, **more: Any) -> Tensors:
-        fields = {"kind": "train", "step": 0, "micro": 0, "leg": 0 if sender.role == "client" else 1} | more
-        return Tensors(RUN, sender.token, lease, tensors=metas or (SMASHED, LABELS), **fields)
-
-    def after(self, seconds: float) -> list[Event]:
-        """Let time pass in small steps, nobody beating; return who was lost, which the scheduler has taken in."""
-        lost: list[Event] = []
-        until = self.now + seconds
-        while self.now < until:
-            self.now = min(until, self.now + self.config.link.beat_seconds / 2)
-            news = self.router.tick(self.now)
-            self.take(news)
-            lost += news
-        return lost
 
 
 class Stage(Desk):
@@ -1065,9 +925,9 @@ class Actor:
             state = self.held[job.lease].state if job.lease in self.held else ""
             if self.member.role == "client" or client_of(job) is None:
                 self._hold(job, "done" if state else "opening")
-            elif state != "ready":
+            elif not state:
                 self._hold(job, "ready")
-            elif isinstance(job, Turn) and (theirs := clients[job.client].held.get(job.lease)):
+            elif state != "done" and isinstance(job, Turn) and (theirs := clients[job.client].held.get(job.lease)):
                 self._hold(job, "done" if theirs.state == "done" else "running")
 
     def _hold(self, job: Job, state: Any) -> None:
@@ -1084,11 +944,6 @@ def casts(draw: st.DrawFn) -> tuple[Desk, list[Actor]]:
     peers: list[Peer] = [("server", k) for k in range(draw(st.integers(1, 2)))]
     peers += [("client", i) for i in range(config.schedule.clients)]
     return desk, [Actor(desk, desk.enter(role, index)) for role, index in draw(st.permutations(peers))]
-
-
-def flat(config: Config) -> dict[str, object]:
-    tables = msgspec.to_builtins(config)
-    return {f"{section}__{key}": value for section, rows in tables.items() for key, value in rows.items()}
 
 
 def conversation(desk: Desk, cast: list[Actor], random: Random) -> Iterator[list[Event]]:
