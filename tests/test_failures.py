@@ -311,6 +311,20 @@ def test_a_client_that_hangs_is_missed_within_its_lease_and_joins_again_when_it_
     assert not any("Traceback" in line for each in (broker, server, client, hung) for line in each.said)
 
 
+@pytest.mark.parametrize("model", ["shared", "fused"])
+def test_a_round_goes_on_without_a_client_whose_link_is_too_slow_for_it(model: str, here: Here, tmp_path: Path) -> None:
+    slow = 'link.client=[{clients = "1", uplink_mbps = 0.05}]'  # a batch takes it some ten seconds
+    small = ("train.batch_size=16", "data.train_size=96", "data.test_size=6", "run.eval_every=0", "run.rounds=1")
+    keys = (f"schedule.server_model={model}", "schedule.round_timeout=4", "schedule.clients=3", slow, *small)
+    ending = here("run", *settings("broker.port=0", *keys), "--out", str(tmp_path / "out"), "--no-monitor")
+    assert ending.code == 0
+    [late] = [line for line in ending.out.splitlines() if "did not finish" in line]
+    sentence = "client 1 did not finish within 4 s (schedule.round_timeout): the round goes on without it"
+    assert late.endswith(f"client.1  warning: {sentence}")
+    [round_] = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
+    assert round_["samples"] == 2 * (96 - 9) / 3
+
+
 class Scratched(Dataset[tuple[Tensor, int]]):
     """Samples of which one cannot be read."""
 

@@ -262,6 +262,30 @@ def test_a_straggler_is_closed_out_when_the_time_of_the_round_is_up(policy: str)
     assert later == [[0, 1, 2]] * 2
 
 
+@pytest.mark.parametrize("model", ["shared", "fused"])
+def test_where_all_wait_for_one_that_is_the_straggler(model: str) -> None:
+    keys = WAITING | {"schedule__server_model": model, "schedule__round_timeout": 100.0, "schedule__min_clients": 2}
+    play = Play(config_of(**keys)).begin()
+    while len(turns_of(play)) < 3:
+        play.go_on(events=1)
+    late = play.scheduler.stage_began + 100.0
+    assert play.scheduler.overdue(late, unanswered={0: 2, 1: 1, 2: 2}) == Missed(
+        1, "client 1 did not finish within 100 s (schedule.round_timeout)"
+    )
+    assert play.scheduler.overdue(late - 1.0, unanswered={0: 2, 1: 1, 2: 2}) is None
+    assert play.scheduler.overdue(late, unanswered={0: 2, 1: 2, 2: 2}) is None, "all wait for the server"
+    assert play.scheduler.overdue(late) is None, "all compute"
+    assert play.scheduler.overdue(late, unanswered={0: 2}) is None, "two are needed"
+    play.tell(Missed(1, "it is slow"))
+    began = play.scheduler.stage_began
+    assert play.scheduler.overdue(began + 99.0, unanswered={0: 2}) is None, (
+        "the others begin anew, and so does their time"
+    )
+    play.go_on()
+    assert play.scheduler.outcome == Finish(True, "the run is finished")
+    assert [sorted(record.clients) for record in play.scheduler.history] == [[0, 2], [0, 1, 2], [0, 1, 2]]
+
+
 def is_done_by(event: Event, client: int, play: Play) -> bool:
     """Whether an event is the end of a client's own side of a turn."""
     return isinstance(event, Done) and event.side == "client" and play.scheduler.work[event.lease].job.client == client

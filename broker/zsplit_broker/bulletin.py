@@ -134,7 +134,9 @@ class Bulletin:
                 after = "" if fatal or self.scheduler.phase == "waiting" else self._after_loss(role)
                 yield LogEvent(level="error", who=f"{role}.{index}", text=sentence + after)
             case Missed(client=client, sentence=sentence):
-                text = f"{sentence}: the run goes on without it until it is back"
+                here = ("client", client) in self.scheduler.peers
+                without = "the round goes on without it" if here else "the run goes on without it until it is back"
+                text = f"{sentence}: {without}"
                 yield LogEvent(level="warning", who=f"client.{client}", text=text)
             case Damaged(digest=digest, sentence=sentence):
                 text = f"version {digest[:12]} cannot be used ({sentence}): the one before it is"

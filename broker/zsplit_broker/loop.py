@@ -272,7 +272,8 @@ class Broker:
             for session in self.router.silent(now):
                 self._send(session.control, self.router.orders(session, now=now))  # fails where it is gone
             self.news += self.router.tick(now)
-            overdue = self.scheduler.overdue(now, self._forgiven) if self.full is None else None
+            unanswered = self.router.relay.unanswered()
+            overdue = self.scheduler.overdue(now, self._forgiven, unanswered) if self.full is None else None
             if overdue is not None:
                 self.news.append(overdue)
             self.depot.tick()

@@ -271,6 +271,11 @@ class Relay:
         """Whether the server has tensors of this lease that it did not answer yet."""
         return lease in self.traffic and self.traffic[lease].unanswered > 0
 
+    def unanswered(self) -> dict[int, int]:
+        """Return how many tensors of its turn each client waits for its server to answer."""
+        turns = [work.job for work in self.scheduler.work.values() if isinstance(work.job, Turn)]
+        return {turn.client: self.traffic[turn.lease].unanswered for turn in turns if turn.lease in self.traffic}
+
     def counted(self, lease: Lease) -> dict[str, tuple[int, int]]:
         """Return the bytes relayed under a lease by kind, up and down as seen from the client."""
         traffic = self.traffic.get(lease)

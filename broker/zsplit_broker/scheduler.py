@@ -41,6 +41,8 @@ from zsplit_broker.state import Finished, Mark, evaluated_by
 from zsplit_broker.survey import measures
 from zsplit_broker.work import ON_DISK, Peer, Work, client_of, peer_of, refs_in, refs_of
 
+NOTHING: Mapping[int, int] = {}
+
 
 class Scheduler(Course):
     """The run. `handle` takes one event at a time; everything else reads."""
@@ -265,10 +267,11 @@ class Scheduler(Course):
 
     # Going on without a client
 
-    def overdue(self, now: float, since: float = 0.0) -> Missed | None:
+    def overdue(self, now: float, since: float = 0.0, unanswered: Mapping[int, int] = NOTHING) -> Missed | None:
         """Return the client that was waited for long enough, and without which the run can go on; None: nobody.
 
-        Nobody was waited for before `since`: the broker itself was stopped, or could write nothing.
+        Nobody was waited for before `since`: the broker itself was stopped, or could write nothing. `unanswered` is how
+        many tensors each client has at its server: where all wait for one of them, that one has the fewest.
         """
         schedule = self.config.schedule
         if self.assembled is None or self.phase in ("waiting", "finished"):
@@ -282,25 +285,32 @@ class Scheduler(Course):
                     waited = f"{schedule.rejoin_timeout:g} s (schedule.rejoin_timeout)"
                     return Missed(client, f"client {client} did not come back within {waited}")
         if training and not self.is_async and schedule.round_timeout and self._is_late(now, earliest):
-            for client in sorted(self._stragglers()):
-                if self._can_spare(client):
+            for client in sorted(self._stragglers(unanswered)):
+                if self._can_spare(client, unanswered):
                     allowed = f"{schedule.round_timeout:g} s (schedule.round_timeout)"
                     return Missed(client, f"client {client} did not finish within {allowed}")
         return None
 
     def _is_late(self, now: float, earliest: float) -> bool:
-        """Whether the time for a round is up; where clients take turns, each turn has as much."""
-        alone = self.config.schedule.policy == "round_robin"
-        began = self.stage_began if alone else self.books.rounds[self.round].began
+        """Whether the time for a round is up; where clients take turns, or share a back, each stage has as much."""
+        staged = self.config.schedule.policy == "round_robin" or shares_back(self.config)
+        began = self.stage_began if staged else self.books.rounds[self.round].began
         return now - max(began, earliest) >= self.config.schedule.round_timeout
 
-    def _stragglers(self) -> set[int]:
-        """Return the clients whose turn is open and not done, or due while they are not here."""
-        turns = [work for work in self.work.values() if isinstance(work.job, Turn) and "client" not in work.done]
-        absent = {s.client for s in self.shares_due() if ("client", s.client) not in self.peers}
-        return {turn.job.client for turn in turns if isinstance(turn.job, Turn)} | absent
+    def _stragglers(self, unanswered: Mapping[int, int] = NOTHING) -> set[int]:
+        """Return the clients whose turn is due while they are not here, or open while it does not wait for others."""
+        slow = self._training()
+        if shares_back(self.config) and len(slow) > 1:
+            most = max(unanswered.get(client, 0) for client in slow)
+            slow = {client for client in slow if unanswered.get(client, 0) < most}
+        return slow | {s.client for s in self.shares_due() if ("client", s.client) not in self.peers}
 
-    def _can_spare(self, client: int) -> bool:
+    def _training(self) -> set[int]:
+        """Return the clients whose turn is open and, on their side, not done."""
+        works = [work for work in self.work.values() if "client" not in work.done]
+        return {work.job.client for work in works if isinstance(work.job, Turn)}
+
+    def _can_spare(self, client: int, unanswered: Mapping[int, int] = NOTHING) -> bool:
         """Whether what waits for this client can go on without it."""
         least = self.config.schedule.min_clients
         if self.phase != "training" or self.is_async:
@@ -313,7 +323,7 @@ class Scheduler(Course):
         gone = ("client", client) not in self.peers
         if self.config.schedule.clients_per_round and gone:  # all that were drawn may be, and be drawn no more
             return len([other for other in self.clients if other != client]) >= least
-        stragglers = self._stragglers()
+        stragglers = self._stragglers(unanswered)
         return len([other for other in self.crowd() if other != client and other not in stragglers]) >= least
 
     def _later_turns(self, client: int) -> bool:
@@ -325,8 +335,8 @@ class Scheduler(Course):
         client = event.client
         if self.phase in ("waiting", "finished"):
             return
-        late = {share.client for share in self.shares_due()} | self._stragglers()
-        if self.phase == "training" and not self.is_async and client in late:
+        awaited = {share.client for share in self.shares_due()} | self._training()
+        if self.phase == "training" and not self.is_async and client in awaited:
             works = [work for work in self.work.values() if isinstance(work.job, Turn) and work.job.client == client]
             yield from self._close_all(works)
             if self._later_turns(client):
