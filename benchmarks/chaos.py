@@ -34,7 +34,7 @@ import click
 from chaos_books import Run, Verdict, judge, read_run
 from chaos_faults import KINDS, Fault, faults
 from chaos_fleet import ZSPLIT, Disk, Fleet, Member, small_disk
-from chaos_net import Net
+from chaos_net import Cables, Net, cables
 from chaos_watch import Recovery, Trial, Watch
 from common import json_option, machine, show, write
 from rich.box import SIMPLE
@@ -128,8 +128,8 @@ class FailedError(Exception):
 class Chaos:
     """Does to a fleet what is due, and sees who ends by himself."""
 
-    def __init__(self, fleet: Fleet, disk: Disk | None, drawn: Iterator[Fault]) -> None:
-        self.fleet, self.disk, self.drawn = fleet, disk, drawn
+    def __init__(self, fleet: Fleet, disk: Disk | None, wires: Cables | None, drawn: Iterator[Fault]) -> None:
+        self.fleet, self.disk, self.wires, self.drawn = fleet, disk, wires, drawn
         self.watch = fleet.watch
         self.injected: Counter[str] = Counter()
         self._agenda: list[tuple[float, int, Callable[[], None]]] = []
@@ -223,6 +223,8 @@ class Chaos:
             self._hold(member, fault.seconds, now)
         elif verb == "half-open":
             self._swallow(member, fault.seconds, now)
+        elif verb == "cable":
+            self._unplug(member, fault.seconds, now)
         elif verb == "duplicate":
             double = self.fleet.double_of(member.name)
             double.start()
@@ -259,6 +261,13 @@ class Chaos:
         assert proxy is not None
         proxy.swallow()
         self._for(member.name, seconds, now, proxy.cut)
+
+    def _unplug(self, member: Member, seconds: float, now: float) -> None:
+        wires, proxy = self.wires, member.proxy
+        assert wires is not None
+        assert proxy is not None
+        wires.pull(proxy.host)
+        self._for(member.name, seconds, now, lambda: wires.plug(proxy.host))
 
     def _fill(self, disk: Disk, broker: Member, seconds: float, now: float) -> None:
         """Fill the disk. The broker lives on meanwhile: one that is started on a full disk ends with a sentence."""
@@ -306,10 +315,12 @@ def disturbed(
         settings = [*settings_of(mode, rounds), f"link.rtt_ms={RTT_MS}"]
         net = stack.enter_context(Net())
         fleet = stack.enter_context(Fleet(folder, home / "run", settings, COUNTS, net, watch))
-        mine = [kind for kind in kinds if kind != "full disk" or disk is not None]
+        wires = stack.enter_context(cables()) if "cable out" in kinds else None
+        here = {"full disk": disk is not None, "cable out": wires is not None}
+        mine = [kind for kind in kinds if here.get(kind, True)]
         if mine != kinds:
-            say("no disk can be mounted here (it takes root): none runs full")
-        chaos = Chaos(fleet, disk, faults(Random(seed), mine, LEASE) if mine else iter(()))
+            say(f"left out, since it takes root: {', '.join(kind for kind in kinds if kind not in mine)}")
+        chaos = Chaos(fleet, disk, wires, faults(Random(seed), mine, LEASE) if mine else iter(()))
         try:
             chaos.run()
             verdict = judge(expected, fleet.out, watch.seen_jobs())

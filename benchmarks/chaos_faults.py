@@ -16,6 +16,7 @@ KINDS: Mapping[str, int] = {
     "cut one": 3,
     "cut all": 2,
     "half-open": 3,
+    "cable out": 3,
     "duplicate client": 1,
     "full disk": 2,
 }
@@ -73,7 +74,7 @@ def _seconds(random: Random, kind: str, lease: float) -> float:
             return random.uniform(*LONG) * lease
         case "stop client (short)" | "stop server (short)" | "stop broker":
             return random.uniform(*SHORT) * lease
-        case "half-open":
+        case "half-open" | "cable out":
             return random.uniform(0.3, 2.0) * lease
         case "full disk":
             return random.uniform(1.0, 4.0)

@@ -3,14 +3,17 @@
 A peer is told a loopback address of its own (127.0.0.2 and up, as Linux has them) with the broker's own port numbers,
 since it connects to the data port that the broker names on the host that it was told. What goes over the control port
 is ZMTP 3 (https://rfc.zeromq.org/spec/23/) and is taken apart: whole messages are passed on once, twice or not at all,
-and what is left is a valid stream. The other ports are bytes.
+and what is left is a valid stream. The other ports are bytes. Below it the kernel loses all packets to a peer's address
+for a while: there no connection ends, and what was under way comes late.
 """
 
 import asyncio
 import contextlib
 import socket
 import struct
+import subprocess
 from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
+from contextlib import contextmanager
 from threading import Thread
 from typing import Any, NamedTuple, Self, TypeVar
 
@@ -22,6 +25,9 @@ MORE, LONG, COMMAND = 1, 2, 4
 
 PIECE = 65536
 """Bytes that are passed on at once."""
+
+UNUSED = "127.0.0.99"
+"""A loopback address that is nobody's, to see what this process may do."""
 
 T = TypeVar("T")
 
@@ -211,3 +217,46 @@ class Net:
         for task in others:
             task.cancel()
         await asyncio.gather(*others, return_exceptions=True)
+
+
+class Cables:
+    """The cables to loopback addresses, as far as the kernel is concerned: its routes."""
+
+    def __init__(self) -> None:
+        self._out: set[str] = set()
+
+    def pull(self, host: str) -> None:
+        """Lose every packet to this address from now on."""
+        _route("add", host)
+        self._out.add(host)
+
+    def plug(self, host: str) -> None:
+        """Let packets through again; those that were lost are sent again by TCP."""
+        _route("del", host)
+        self._out.discard(host)
+
+    def plug_all(self) -> None:
+        """Plug in all that are out."""
+        for host in list(self._out):
+            self.plug(host)
+
+
+@contextmanager
+def cables() -> Iterator[Cables | None]:
+    """Yield the cables, all plugged in at the end; None where this process may not touch them (it takes root)."""
+    made = Cables()
+    try:
+        made.pull(UNUSED)
+        made.plug(UNUSED)
+    except (OSError, subprocess.CalledProcessError):
+        yield None
+        return
+    try:
+        yield made
+    finally:
+        made.plug_all()
+
+
+def _route(verb: str, host: str) -> None:
+    command = ["ip", "route", verb, "blackhole", host, "table", "local"]
+    subprocess.run(command, check=True, capture_output=True)

@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 from chaos_books import trained
 from chaos_faults import KINDS, faults
-from chaos_net import Judge, Net, Proxy, Stream
+from chaos_net import UNUSED, Judge, Net, Proxy, Stream, cables
 
 CHAOS = Path(__file__).parents[1] / "benchmarks" / "chaos.py"
 
@@ -38,7 +38,7 @@ def once(_up: bool, _body: bytes) -> int:
 class Pair:
     """A ROUTER, and a DEALER that reaches it through a proxy."""
 
-    def __init__(self, net: Net, judge: Judge, zmtp: bool = True) -> None:
+    def __init__(self, net: Net, judge: Judge, zmtp: bool = True, host: str = HOST) -> None:
         self.context: zmq.Context[Socket] = zmq.Context()
         port = free_port()
         other = port + 1  # a port that the proxy takes for bytes
@@ -49,8 +49,8 @@ class Pair:
         for each in (self.router, self.dealer):
             each.setsockopt(zmq.RCVTIMEO, 10_000)
         self.events = self.dealer.get_monitor_socket(zmq.EVENT_DISCONNECTED)
-        self.proxy: Proxy = net.proxy(HOST, TARGET, (port, other), judge)
-        self.dealer.connect(f"tcp://{HOST}:{self.port}")
+        self.proxy: Proxy = net.proxy(host, TARGET, (port, other), judge)
+        self.dealer.connect(f"tcp://{host}:{self.port}")
 
     def close(self) -> None:
         self.dealer.disable_monitor()
@@ -114,6 +114,26 @@ def test_a_half_open_connection_swallows_both_ways_and_closes_nothing_until_it_i
     assert pair.events.poll(5000)
     pair.dealer.send(b"after")
     assert pair.router.recv_multipart()[1] == b"after"
+
+
+def test_what_is_sent_while_a_cable_is_out_comes_late_over_the_same_connection(net: Net, pairs: list[Pair]) -> None:
+    with cables() as wires:
+        if wires is None:
+            pytest.skip("routes take root")
+        pairs.append(pair := Pair(net, once, host=UNUSED))
+        pair.dealer.send(b"before")
+        sender, _ = pair.router.recv_multipart()
+        wires.pull(UNUSED)
+        pair.dealer.send(b"late")
+        pair.router.send_multipart([sender, b"late"])
+        assert not pair.router.poll(300)
+        wires.plug(UNUSED)
+        assert pair.router.recv_multipart() == [sender, b"late"]
+        assert pair.dealer.recv() == b"late"
+        assert not pair.events.poll(0)
+        wires.pull(UNUSED)
+    pair.dealer.send(b"after")
+    assert pair.router.recv_multipart()[1] == b"after", "all are plugged in at the end"
 
 
 def test_messages_are_dropped_and_doubled_whole_and_the_stream_stays_valid(net: Net, pairs: list[Pair]) -> None:
