@@ -227,18 +227,20 @@ class Cables:
 
     def pull(self, host: str) -> None:
         """Lose every packet to this address from now on."""
-        _route("add", host)
         self._out.add(host)
+        _ip("route", "replace", "blackhole", host, "table", "local")
 
     def plug(self, host: str) -> None:
         """Let packets through again; those that were lost are sent again by TCP."""
-        _route("del", host)
         self._out.discard(host)
+        _ip("route", "del", "blackhole", host, "table", "local")
 
     def plug_all(self) -> None:
-        """Plug in all that are out."""
-        for host in list(self._out):
-            self.plug(host)
+        """Plug in all that are out, also those that a process left so which was killed."""
+        left = _ip("route", "show", "table", "local", "type", "blackhole").split()
+        for host in {*self._out, *(word for word in left if word.startswith("127."))}:
+            with contextlib.suppress(subprocess.CalledProcessError):
+                self.plug(host)
 
 
 @contextmanager
@@ -247,7 +249,7 @@ def cables() -> Iterator[Cables | None]:
     made = Cables()
     try:
         made.pull(UNUSED)
-        made.plug(UNUSED)
+        made.plug_all()
     except (OSError, subprocess.CalledProcessError):
         yield None
         return
@@ -257,6 +259,5 @@ def cables() -> Iterator[Cables | None]:
         made.plug_all()
 
 
-def _route(verb: str, host: str) -> None:
-    command = ["ip", "route", verb, "blackhole", host, "table", "local"]
-    subprocess.run(command, check=True, capture_output=True)
+def _ip(*words: str) -> str:
+    return subprocess.run(["ip", *words], check=True, capture_output=True, text=True).stdout

@@ -3,11 +3,11 @@
 A broker, a server and two clients train as always, each with a stopwatch around what is there for recovery only:
 
     journal    appending lines and waiting until the disk has them; the broker's loop waits for it
-    storing    writing, checking and syncing versions: the broker's writer thread does it beside everything else
+    storing    writing, checking and syncing versions: the broker's writer thread does it beside the next round
     kept       knowing repeats, and keeping what is not answered, at the server and at the clients
 
-Training waits for journal and kept messages, so their time is the clock's. Nobody waits for the writer thread: what it
-takes from a run is its processor time, which counts towards the sum; how long it was at it is shown too.
+The clients take turns: there the next round begins beside the storing. In parallel training it waits for it, as for the
+evaluation.
 """
 
 import json
@@ -30,30 +30,24 @@ from zsplit.config import load_config
 CLIENTS = 2
 
 
-STORING = "storing (processor)"
-
-ELAPSED = "storing (elapsed)"
-"""Shown, and not added up: the processor time is a part of it."""
-
-
 class Stopwatch:
     """Seconds spent in methods, by a name for what they are for."""
 
     def __init__(self) -> None:
         self.seconds: defaultdict[str, float] = defaultdict(float)
 
-    def hang_on(self, name: str, owner: type, *methods: str, clock: Callable[[], float] = time.perf_counter) -> None:
+    def hang_on(self, name: str, owner: type, *methods: str) -> None:
         """Measure these methods of a class from now on."""
         for method in methods:
-            setattr(owner, method, self._timed(name, getattr(owner, method), clock))
+            setattr(owner, method, self._timed(name, getattr(owner, method)))
 
-    def _timed(self, name: str, method: Callable[..., Any], clock: Callable[[], float]) -> Callable[..., Any]:
+    def _timed(self, name: str, method: Callable[..., Any]) -> Callable[..., Any]:
         def timed(*arguments: Any) -> Any:
-            began = clock()
+            began = time.perf_counter()
             try:
                 return method(*arguments)
             finally:
-                self.seconds[name] += clock() - began
+                self.seconds[name] += time.perf_counter() - began
 
         return timed
 
@@ -66,8 +60,7 @@ def broker(report: Connection, keys: dict[str, object], out: str, result: str) -
 
     watch = Stopwatch()
     watch.hang_on("journal", Journal, "append")
-    watch.hang_on(STORING, Draft, "write", "commit", clock=time.thread_time)
-    watch.hang_on(ELAPSED, Draft, "write", "commit")
+    watch.hang_on("storing", Draft, "write", "commit")
     run_broker(load_config(None, keys), out, lambda sockets, _: report.send(f"127.0.0.1:{sockets.port}"), False)
     Path(result).write_text(json.dumps(watch.seconds))
 
@@ -90,6 +83,7 @@ def peer(report: Connection, role: str, index: int, address: str, result: str) -
 def measure(task: Task, rounds: int) -> tuple[dict[str, float], float, int]:
     """Return seconds by what they were spent on, the seconds of the rounds, and the bytes of a version."""
     keys = task.settings | {"run.rounds": rounds, "broker.port": 0, "server.threads": 1, "client.threads": 1}
+    keys |= {"schedule.policy": "round_robin"}
     peers = [("server", 0), *(("client", index) for index in range(task.clients))]
     with TemporaryDirectory() as name:
         folder = Path(name)
@@ -129,11 +123,11 @@ def main(model: str, steps: int, batch: int, rounds: int, file: Path | None) -> 
     shares = {what: spent / wall for what, spent in seconds.items()}
     for what, spent in seconds.items():
         table.add_row(what, f"{1000 * spent / rounds:.1f}", f"{100 * shares[what]:.3f} %")
-    waited_for = sum(share for what, share in shares.items() if what not in (STORING, ELAPSED))
-    for what, share in (("waited for", waited_for), ("in all", waited_for + shares[STORING])):
+    waited_for = sum(share for what, share in shares.items() if what != "storing")
+    for what, share in (("waited for", waited_for), ("in all", sum(shares.values()))):
         table.add_row(what, f"{1000 * share * wall / rounds:.1f}", f"{100 * share:.3f} %")
     show(table)
-    click.echo(f"A version has {nbytes / 1e6:.1f} MB; storing goes on beside everything else.")
+    click.echo(f"A version has {nbytes / 1e6:.1f} MB; storing goes on beside the next round.")
     write(
         file,
         {
@@ -145,7 +139,6 @@ def main(model: str, steps: int, batch: int, rounds: int, file: Path | None) -> 
             "seconds": seconds,
             "shares": shares,
             "waited_for": waited_for,
-            "in_all": waited_for + shares[STORING],
         },
     )
 

@@ -204,7 +204,6 @@ class Core(RuleBasedStateMachine):
         self.actors = [Actor(self.shell, peer, self.play) for peer in self.play.peers]
         self.named = {f"{actor.peer[0]}.{actor.peer[1]}": actor for actor in self.actors}
         self.leases: dict[Lease, Job] = {}
-        self.closed_out = False
 
     def actor(self, number: int) -> Actor:
         return self.actors[number % len(self.actors)]
@@ -243,9 +242,9 @@ class Core(RuleBasedStateMachine):
                 if number not in silent:
                     actor.beat()
             self.shell.take(self.shell.router.tick(self.shell.now))
-            missed = self.shell.scheduler.overdue(self.shell.now, self.shell.forgiven)
-            if missed is not None and self.shell.scheduler.outcome is None:
-                self.closed_out = True
+            at_work = self.shell.router.relay.at_work()
+            missed = self.shell.scheduler.overdue(self.shell.now, self.shell.forgiven, at_work)
+            if missed is not None:
                 self.shell.take([missed])
 
     # The broker
@@ -374,8 +373,8 @@ class Core(RuleBasedStateMachine):
         assert scheduler.outcome == Finish(True, "the run is finished")
         again = restore(config, Journal.open(self._copy()).entries)
         assert fingerprint(again) == fingerprint(scheduler)
-        assert self.closed_out == any(isinstance(event, Missed) for event in self.shell.log)
-        if config.schedule.policy != "async" and not self.closed_out:
+        closed_out = any(isinstance(event, Missed) for event in self.shell.log)
+        if config.schedule.policy != "async" and not closed_out:
             assert lineage(scheduler) == lineage(undisturbed(self.play))
 
     def _copy(self) -> Path:

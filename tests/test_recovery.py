@@ -20,7 +20,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from zsplit.wire.events import LogEvent
-from zsplit.wire.messages import Merge, Ref, Turn
+from zsplit.wire.messages import Merge, Ref, Role, Turn
 from zsplit_broker.bulletin import Bulletin
 from zsplit_broker.events import (
     Damaged,
@@ -269,21 +269,48 @@ def test_where_all_wait_for_one_that_is_the_straggler(model: str) -> None:
     while len(turns_of(play)) < 3:
         play.go_on(events=1)
     late = play.scheduler.stage_began + 100.0
-    assert play.scheduler.overdue(late, unanswered={0: 2, 1: 1, 2: 2}) == Missed(
-        1, "client 1 did not finish within 100 s (schedule.round_timeout)"
-    )
-    assert play.scheduler.overdue(late - 1.0, unanswered={0: 2, 1: 1, 2: 2}) is None
-    assert play.scheduler.overdue(late, unanswered={0: 2, 1: 2, 2: 2}) is None, "all wait for the server"
-    assert play.scheduler.overdue(late) is None, "all compute"
-    assert play.scheduler.overdue(late, unanswered={0: 2}) is None, "two are needed"
+    slow = Missed(1, "client 1 did not finish within 100 s (schedule.round_timeout)")
+    assert play.scheduler.overdue(late, at_work={0: 0.3, 1: 0.9, 2: 0.4}) == slow
+    assert play.scheduler.overdue(late - 1.0, at_work={0: 0.3, 1: 0.9, 2: 0.4}) is None
+    assert play.scheduler.overdue(late, at_work={0: 0.3, 1: 0.4, 2: 0.4}) is None, "the server is slow"
+    assert play.scheduler.overdue(late, at_work={0: 0.9, 1: 0.9, 2: 0.9}) is None, "all are slow"
+    assert play.scheduler.overdue(late, at_work={0: 0.3, 1: 0.9, 2: 0.9}) is None, "two are needed"
     play.tell(Missed(1, "it is slow"))
     began = play.scheduler.stage_began
-    assert play.scheduler.overdue(began + 99.0, unanswered={0: 2}) is None, (
-        "the others begin anew, and so does their time"
-    )
+    assert play.scheduler.overdue(began + 99.0, at_work={0: 0.9}) is None, "all begin anew, and so does their time"
     play.go_on()
     assert play.scheduler.outcome == Finish(True, "the run is finished")
     assert [sorted(record.clients) for record in play.scheduler.history] == [[0, 2], [0, 1, 2], [0, 1, 2]]
+
+
+@pytest.mark.parametrize("model", ["shared", "fused"])
+@pytest.mark.parametrize("role", ["client", "server"])
+def test_turns_that_begin_anew_together_have_all_their_time(model: str, role: Role) -> None:
+    keys = WAITING | {"schedule__server_model": model, "schedule__round_timeout": 100.0}
+    play = Play(config_of(**keys)).begin()
+    while len(turns_of(play)) < 3:
+        play.go_on(events=1)
+    play.tell(Lost(role, 0, "it was killed"))
+    for _ in range(90):
+        play.tell(play.joined(("client", 1)))
+    play.tell(play.joined((role, 0)))
+    play.go_on(events=1)
+    began = play.log[-1].at
+    assert play.scheduler.overdue(began + 90.0, at_work={0: 0.9}) is None
+    assert play.scheduler.overdue(began + 100.0, at_work={0: 0.9}) is not None
+
+
+def test_where_one_back_is_handed_on_each_turn_has_all_the_time() -> None:
+    keys = WAITING | {"schedule__server_model": "shared", "schedule__shared_order": "turn"}
+    play = Play(config_of(**keys, schedule__round_timeout=40.0)).begin()
+    while [turn.client for turn in turns_of(play)][-1:] != [1]:
+        play.go_on(events=1)
+    began = play.scheduler.stage_began
+    assert began > play.scheduler.books.rounds[0].began
+    assert play.scheduler.overdue(began + 39.0) is None
+    assert play.scheduler.overdue(began + 40.0) == Missed(
+        1, "client 1 did not finish within 40 s (schedule.round_timeout)"
+    )
 
 
 def is_done_by(event: Event, client: int, play: Play) -> bool:

@@ -29,7 +29,7 @@ from zsplit.wire.messages import (
     What,
 )
 from zsplit_broker.events import Close, Joined
-from zsplit_broker.relay import Relay, Route
+from zsplit_broker.relay import Exchange, Relay, Route
 from zsplit_broker.session import Session
 from zsplit_broker.work import Peer, client_of
 
@@ -290,10 +290,36 @@ class Traffic(RuleBasedStateMachine):
             assert (session.up, session.down) == (self.up[token], self.down[token])
 
     @invariant()
-    def the_server_is_asked_while_more_came_up_than_down(self) -> None:
+    def the_server_is_asked_while_something_that_came_up_was_not_answered(self) -> None:
         for lease in [*self.play.scheduler.work, *self.closed[-2:]]:
-            roles = Counter(sender.role for sender, _, _ in self.passed.get(lease, []))
-            assert self.relay.asks_server(lease) == (roles["client"] > roles["server"])
+            legs = {role: set[int]() for role in ("client", "server")}
+            for sender, message, _ in self.passed.get(lease, []):
+                legs[sender.role].add(message.leg)
+            answered = {leg - 1 for leg in legs["server"]}
+            assert self.relay.asks_server(lease) == bool(legs["client"] - answered)
+
+
+def test_who_is_to_send_next_is_seen_from_the_keys_and_repeats_change_nothing() -> None:
+    exchange = Exchange()
+
+    def sent(step: int, micro: int, leg: int = 0) -> tuple[bool, bool]:
+        scalars = {"micros": 3.0} if leg == 0 else {}
+        message = Tensors(RUN, "t", Lease(1, 1), "train", step, micro, leg, (), scalars)
+        for _ in range(2):
+            exchange.note(message, leg % 2)
+        return exchange.asks_server, exchange.is_held_up(window=2)
+
+    assert (exchange.asks_server, exchange.is_held_up(2)) == (False, False), "nothing was sent yet"
+    assert sent(0, 0) == (True, False), "the window has room"
+    assert sent(0, 1) == (True, True)
+    assert sent(0, 0, leg=1) == (True, False)
+    assert sent(0, 2) == (True, True)
+    assert sent(0, 1, leg=1) == (True, True), "the step has no more"
+    assert sent(0, 2, leg=1) == (False, False)
+    assert sent(1, 0) == (True, False)
+    assert sent(0, 2) == (True, False), "an old question"
+    assert sent(0, 2, leg=1) == (True, False), "and an old answer"
+    assert sent(1, 0, leg=1) == (False, False)
 
 
 def tensors_of(run: str, token: str, lease: Lease, kind: Kind, tensors: tuple[TensorMeta, ...], leg: int) -> Tensors:

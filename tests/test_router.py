@@ -400,6 +400,20 @@ def test_a_peer_that_beats_without_progress_is_lost_when_it_should_be_running() 
     assert lost == [Lost("client", 0, "it beats, but makes no progress for 5 s (link.progress_seconds)")]
 
 
+def test_it_is_known_whose_turn_to_send_it_was_and_for_how_long() -> None:
+    stage = Stage(link__lease_seconds=1e6)
+    (waiting, _), (turn, _) = stage.clients, stage.turns
+    stage.after(5.0)
+    assert stage.router.relay.at_work() == {0: 1.0, 1: 1.0}
+    stage.send(waiting, stage.tensors(waiting, turn.lease, scalars={"micros": 1.0}))
+    stage.after(15.0)
+    share = stage.router.relay.at_work()[0]
+    assert share == pytest.approx(0.25, abs=0.03)
+    stage.now += 3600.0  # the broker was stopped itself
+    stage.router.tick(stage.now)
+    assert stage.router.relay.at_work() == {0: share, 1: 1.0}
+
+
 @pytest.mark.parametrize("state", ["opening", "ready", "done"])
 def test_no_progress_is_asked_of_a_peer_that_waits(state: Any) -> None:
     stage = Stage(link__progress_seconds=5.0)

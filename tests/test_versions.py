@@ -176,6 +176,19 @@ def test_a_part_that_never_came_is_refused_by_name(versions: Versions) -> None:
         draft.commit()
 
 
+@pytest.mark.parametrize("cut", [1, 30_000])
+def test_a_part_that_never_came_is_noticed_where_no_space_can_be_reserved(
+    versions: Versions, monkeypatch: pytest.MonkeyPatch, cut: int
+) -> None:
+    monkeypatch.delattr("os.posix_fallocate")
+    manifest, data = state(1, kilobytes=60)
+    draft = versions.begin(manifest)
+    draft.write(0, data[:-cut])
+    with pytest.raises(RemoteProtocolError, match="came with other bytes than its digest says"):
+        draft.commit()
+    assert versions.digests() == []
+
+
 def test_bytes_beyond_the_state_are_refused(versions: Versions) -> None:
     manifest, data = state(1)
     draft = versions.begin(manifest)

@@ -134,9 +134,7 @@ class Bulletin:
                 after = "" if fatal or self.scheduler.phase == "waiting" else self._after_loss(role)
                 yield LogEvent(level="error", who=f"{role}.{index}", text=sentence + after)
             case Missed(client=client, sentence=sentence):
-                here = ("client", client) in self.scheduler.peers
-                without = "the round goes on without it" if here else "the run goes on without it until it is back"
-                text = f"{sentence}: {without}"
+                text = f"{sentence}: {self._without(client)}"
                 yield LogEvent(level="warning", who=f"client.{client}", text=text)
             case Damaged(digest=digest, sentence=sentence):
                 text = f"version {digest[:12]} cannot be used ({sentence}): the one before it is"
@@ -151,6 +149,14 @@ class Bulletin:
                 yield LogEvent(level="error", who="broker", text=sentence)
             case _:
                 pass
+
+    def _without(self, client: int) -> str:
+        """Say how it goes on without a client that was waited for."""
+        if client in self.scheduler.moved - self.scheduler.missed:
+            return "its turn comes later"
+        if ("client", client) in self.scheduler.peers:
+            return "the round goes on without it"
+        return "the run goes on without it until it is back"
 
     def _after_loss(self, role: str) -> str:
         """Say what happens now that a peer is gone."""

@@ -91,7 +91,7 @@ class Course(State):
                 yield self._open(self._turn(share, self.least_loaded(), self.round))
         elif due and here == due:
             group = Group(number=self.number + 1, shares=tuple(due))
-            together = self.least_loaded()
+            together, self.stage_began = self.least_loaded(), self.now
             for share in due:
                 yield self._open(self._turn(share, together, self.round, group))
 

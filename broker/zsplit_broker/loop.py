@@ -272,8 +272,8 @@ class Broker:
             for session in self.router.silent(now):
                 self._send(session.control, self.router.orders(session, now=now))  # fails where it is gone
             self.news += self.router.tick(now)
-            unanswered = self.router.relay.unanswered()
-            overdue = self.scheduler.overdue(now, self._forgiven, unanswered) if self.full is None else None
+            at_work = self.router.relay.at_work()
+            overdue = self.scheduler.overdue(now, self._forgiven, at_work) if self.full is None else None
             if overdue is not None:
                 self.news.append(overdue)
             self.depot.tick()

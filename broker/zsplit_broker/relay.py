@@ -50,16 +50,51 @@ UP, DOWN = 0, 1
 """Ways as seen from the client, and where they are counted."""
 
 
-class Traffic:
-    """What was relayed under a lease: bytes by kind, up and down, and tensors that the server has not answered.
+class Exchange:
+    """Who is to send next under a lease, by the tensors of its latest step. Those that come again change nothing."""
 
-    `raw` is what the bytes would have been without codecs.
+    def __init__(self) -> None:
+        self._step = -1
+        self._micros = 1.0
+        self._asked: set[tuple[int, int]] = set()
+        self._answered: set[tuple[int, int]] = set()
+
+    def note(self, message: Tensors, way: int) -> None:
+        """Take in what passed, one way or the other."""
+        if message.step < self._step:
+            return
+        if message.step > self._step:
+            self._step = message.step
+            self._asked, self._answered = set(), set()
+        if way == UP:
+            self._asked.add((message.micro, message.leg))
+            self._micros = message.scalars.get("micros", self._micros)
+        else:
+            self._answered.add((message.micro, message.leg - 1))
+
+    @property
+    def asks_server(self) -> bool:
+        """Whether the server has tensors that it did not answer."""
+        return not self._asked <= self._answered
+
+    def is_held_up(self, window: int) -> bool:
+        """Whether the client can send no more before an answer comes: its window is full, or its step has all."""
+        open_ = len(self._asked - self._answered)
+        return open_ >= window or (open_ > 0 and sum(leg == 0 for _, leg in self._asked) >= self._micros)
+
+
+class Traffic:
+    """What was relayed under a lease: bytes by kind, up and down, and whose turn it is to send.
+
+    `raw` is what the bytes would have been without codecs. `at_work` are those of the `seconds` in which the client was
+    to send, and not held up by its server.
     """
 
     def __init__(self) -> None:
         self.bytes: defaultdict[str, list[int]] = defaultdict(lambda: [0, 0])
         self.raw: defaultdict[str, list[int]] = defaultdict(lambda: [0, 0])
-        self.unanswered = 0
+        self.exchange = Exchange()
+        self.seconds = self.at_work = 0.0
 
     def count(self, kind: str, way: int, size: int, raw: int) -> None:
         """Count bytes of a kind."""
@@ -89,7 +124,7 @@ class Lane:
         self._sender = sender
         self._receiver = receiver
         self._traffic = traffic
-        self._column, self._asks = (UP, 1) if sender.role == "client" else (DOWN, -1)
+        self._column = UP if sender.role == "client" else DOWN
 
     def count(self, message: DataMessage, size: int) -> None:
         """Count a message of `size` bytes that took this lane."""
@@ -97,7 +132,7 @@ class Lane:
         self._receiver.down += size
         if not isinstance(message, Tensors):
             return
-        self._traffic.unanswered += self._asks
+        self._traffic.exchange.note(message, self._column)
         count, column = self._traffic.count, self._column
         if message.kind == "eval":
             count("evaluation", column, size, size + sum(raw_of(meta) - meta.nbytes for meta in message.tensors))
@@ -176,8 +211,6 @@ class Relay:
         """
         for lease, work in self.scheduler.work.items():
             parties = self._parties(work.job)
-            if session in parties and lease in self.traffic:
-                self.traffic[lease].unanswered = 0  # what is still unanswered comes again, and is counted then
             asked = any(ref.holder == session.name for ref in refs_of(work.job))
             for other in parties if session in parties or asked else ():
                 if other is not session and other.data is not None:
@@ -269,12 +302,21 @@ class Relay:
 
     def asks_server(self, lease: Lease) -> bool:
         """Whether the server has tensors of this lease that it did not answer yet."""
-        return lease in self.traffic and self.traffic[lease].unanswered > 0
+        return lease in self.traffic and self.traffic[lease].exchange.asks_server
 
-    def unanswered(self) -> dict[int, int]:
-        """Return how many tensors of its turn each client waits for its server to answer."""
+    def pass_time(self, seconds: float) -> None:
+        """Note how long it was whose turn to send."""
+        for lease, work in self.scheduler.work.items():
+            if isinstance(work.job, Turn) and work.ready:
+                traffic = self._traffic(lease)
+                traffic.seconds += seconds
+                traffic.at_work += 0.0 if traffic.exchange.is_held_up(work.job.plan.window) else seconds
+
+    def at_work(self) -> dict[int, float]:
+        """Return the share of each turn's time in which it was the client that was to send, by client."""
         turns = [work.job for work in self.scheduler.work.values() if isinstance(work.job, Turn)]
-        return {turn.client: self.traffic[turn.lease].unanswered for turn in turns if turn.lease in self.traffic}
+        known = {turn.client: self.traffic[turn.lease] for turn in turns if turn.lease in self.traffic}
+        return {client: traffic.at_work / traffic.seconds for client, traffic in known.items() if traffic.seconds}
 
     def counted(self, lease: Lease) -> dict[str, tuple[int, int]]:
         """Return the bytes relayed under a lease by kind, up and down as seen from the client."""

@@ -243,7 +243,9 @@ class Router:
 
     def tick(self, now: float) -> list[Event]:
         """Return a `Lost` for each peer that was silent, or made no progress, for too long."""
-        self._forgive_own_pause(now)
+        if self._ticked is not None and not self._forgive_own_pause(now - self._ticked, now):
+            self.relay.pass_time(now - self._ticked)
+        self._ticked = now
         lost = [
             self._lose(session, sentence)
             for session in list(self.sessions.values())
@@ -260,14 +262,15 @@ class Router:
             if (joined.role, joined.index) not in self._by_peer.keys() | lost:
                 yield Lost(joined.role, joined.index, "it has not come back since the broker was started again")
 
-    def _forgive_own_pause(self, now: float) -> None:
-        """A broker that was stopped itself has heard nobody: that is not the peers' fault."""
-        if self._ticked is not None and now - self._ticked > 2 * self.config.link.beat_seconds:
-            self._absent_since = now
-            for session in self.sessions.values():
-                session.seen = min(now, session.seen + now - self._ticked)
-                session.progressed = min(now, session.progressed + now - self._ticked)
-        self._ticked = now
+    def _forgive_own_pause(self, seconds: float, now: float) -> bool:
+        """A broker that was stopped itself has heard nobody: that is not the peers' fault. Return whether it was."""
+        if seconds <= 2 * self.config.link.beat_seconds:
+            return False
+        self._absent_since = now
+        for session in self.sessions.values():
+            session.seen = min(now, session.seen + seconds)
+            session.progressed = min(now, session.progressed + seconds)
+        return True
 
     def silent(self, now: float, beats: float = 2.5) -> list[Session]:
         """Return the sessions that have not been heard for so many times the interval of their beats."""

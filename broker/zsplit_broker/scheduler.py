@@ -41,7 +41,11 @@ from zsplit_broker.state import Finished, Mark, evaluated_by
 from zsplit_broker.survey import measures
 from zsplit_broker.work import ON_DISK, Peer, Work, client_of, peer_of, refs_in, refs_of
 
-NOTHING: Mapping[int, int] = {}
+NOBODY: Mapping[int, float] = {}
+"""No client at all."""
+
+MOST = 0.5
+"""Share of its turn's time in which a client is at work, from which on those that share its back wait for it."""
 
 
 class Scheduler(Course):
@@ -267,11 +271,12 @@ class Scheduler(Course):
 
     # Going on without a client
 
-    def overdue(self, now: float, since: float = 0.0, unanswered: Mapping[int, int] = NOTHING) -> Missed | None:
+    def overdue(self, now: float, since: float = 0.0, at_work: Mapping[int, float] = NOBODY) -> Missed | None:
         """Return the client that was waited for long enough, and without which the run can go on; None: nobody.
 
-        Nobody was waited for before `since`: the broker itself was stopped, or could write nothing. `unanswered` is how
-        many tensors each client has at its server: where all wait for one of them, that one has the fewest.
+        Nobody was waited for before `since`: the broker itself was stopped, or could write nothing. `at_work` is the
+        share of its turn's time in which it was each client that was to send: where several share a back, all are late
+        because of those who were at work for most of it.
         """
         schedule = self.config.schedule
         if self.assembled is None or self.phase in ("waiting", "finished"):
@@ -285,24 +290,24 @@ class Scheduler(Course):
                     waited = f"{schedule.rejoin_timeout:g} s (schedule.rejoin_timeout)"
                     return Missed(client, f"client {client} did not come back within {waited}")
         if training and not self.is_async and schedule.round_timeout and self._is_late(now, earliest):
-            for client in sorted(self._stragglers(unanswered)):
-                if self._can_spare(client, unanswered):
+            for client in sorted(self._stragglers(at_work)):
+                if self._can_spare(client, at_work):
                     allowed = f"{schedule.round_timeout:g} s (schedule.round_timeout)"
                     return Missed(client, f"client {client} did not finish within {allowed}")
         return None
 
     def _is_late(self, now: float, earliest: float) -> bool:
         """Whether the time for a round is up; where clients take turns, or share a back, each stage has as much."""
-        staged = self.config.schedule.policy == "round_robin" or shares_back(self.config)
+        schedule = self.config.schedule
+        staged = schedule.policy == "round_robin" or schedule.server_model != "replica"
         began = self.stage_began if staged else self.books.rounds[self.round].began
         return now - max(began, earliest) >= self.config.schedule.round_timeout
 
-    def _stragglers(self, unanswered: Mapping[int, int] = NOTHING) -> set[int]:
+    def _stragglers(self, at_work: Mapping[int, float] = NOBODY) -> set[int]:
         """Return the clients whose turn is due while they are not here, or open while it does not wait for others."""
         slow = self._training()
         if shares_back(self.config) and len(slow) > 1:
-            most = max(unanswered.get(client, 0) for client in slow)
-            slow = {client for client in slow if unanswered.get(client, 0) < most}
+            slow = {client for client in slow if at_work.get(client, 0.0) > MOST}
         return slow | {s.client for s in self.shares_due() if ("client", s.client) not in self.peers}
 
     def _training(self) -> set[int]:
@@ -310,7 +315,7 @@ class Scheduler(Course):
         works = [work for work in self.work.values() if "client" not in work.done]
         return {work.job.client for work in works if isinstance(work.job, Turn)}
 
-    def _can_spare(self, client: int, unanswered: Mapping[int, int] = NOTHING) -> bool:
+    def _can_spare(self, client: int, at_work: Mapping[int, float] = NOBODY) -> bool:
         """Whether what waits for this client can go on without it."""
         least = self.config.schedule.min_clients
         if self.phase != "training" or self.is_async:
@@ -323,7 +328,7 @@ class Scheduler(Course):
         gone = ("client", client) not in self.peers
         if self.config.schedule.clients_per_round and gone:  # all that were drawn may be, and be drawn no more
             return len([other for other in self.clients if other != client]) >= least
-        stragglers = self._stragglers(unanswered)
+        stragglers = self._stragglers(at_work)
         return len([other for other in self.crowd() if other != client and other not in stragglers]) >= least
 
     def _later_turns(self, client: int) -> bool:

@@ -305,6 +305,11 @@ class _Check:
         """Whether all bytes came, each once, and every tensor was compared."""
         return self._in_order and self._entry is None
 
+    @property
+    def missing(self) -> str | None:
+        """The first tensor that was not compared, for want of its bytes."""
+        return self._entry.name if self._entry is not None else None
+
     def take(self, offset: int, data: bytes | memoryview) -> None:
         """Take in the bytes that stand at this offset, if they are the next ones."""
         self._in_order = self._in_order and offset == self._next
@@ -335,7 +340,7 @@ def _wrong_tensor(stored: _Stored) -> str | None:
         check.take(offset, os.pread(stored.descriptor, length, stored.start + offset))
         if check.wrong is not None:
             break
-    return check.wrong
+    return check.wrong or check.missing
 
 
 def _export(stored: _Stored, path: Path) -> None:

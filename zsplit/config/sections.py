@@ -200,9 +200,9 @@ class ScheduleSection(Section, frozen=True):
         Size, _is("seconds for which a client that was lost is waited for before its round goes on without it")
     ] = 60.0
     round_timeout: Annotated[
-        Size, _is("seconds after which a round goes on without clients that have not finished; 0: never")
+        Size, _is("seconds after which a round (in turn: a turn) goes on without those who hold it up; 0: never")
     ] = 0.0
-    min_clients: Annotated[Count, _is("clients that must have finished for a round to end without the others")] = 1
+    min_clients: Annotated[Count, _is("clients with which a round can end without the others")] = 1
     elastic: Annotated[
         bool,
         _is("begin with `schedule.min_clients` clients; others join at any round, beyond `schedule.clients` too"),

@@ -29,6 +29,7 @@ METADATA = "__metadata__"
 """The one key of a safetensors header that is not a tensor's name."""
 
 DIGEST_BYTES = 16
+"""Bytes of a digest: as many as no two states of a run have in common by chance."""
 
 MAX_STATE = 1 << 50
 """Bytes of a state: far more than a model has, and far less than a file offset can count."""
