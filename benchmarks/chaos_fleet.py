@@ -167,14 +167,13 @@ class Disk:
 
     def fill(self) -> None:
         """Leave not a byte."""
-        with self._ballast.open("ab") as file:
+        with self._ballast.open("ab", buffering=0) as file:  # a buffer that does not fit would be written once more
             size = 2**20
             while size:
                 free = os.statvfs(self.folder).f_bavail * os.statvfs(self.folder).f_frsize
                 size = min(size, free)
                 try:
                     file.write(bytes(size))
-                    file.flush()
                 except OSError:
                     size //= 2
 

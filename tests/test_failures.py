@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from zsplit import from_datasets, load_config, run_here
-from zsplit.wire.frames import decode_control
-from zsplit.wire.messages import PROTOCOL, Refused, Welcome
+from zsplit.wire.frames import decode_control, decode_data, encode
+from zsplit.wire.messages import PROTOCOL, Detached, Lease, Refused, TensorMeta, Tensors, Welcome
 from zsplit_broker.versions import Versions
 
 Here = Callable[..., Ending]
@@ -128,6 +128,19 @@ def test_another_version_of_the_protocol_is_refused(changed: dict[str, object], 
 
 def test_fields_that_a_later_version_may_add_are_ignored(waiting: Waiting) -> None:
     assert isinstance(answer(waiting.address, hello(protocol=PROTOCOL, role="monitor", colour="blue")), Welcome)
+
+
+def test_tensors_of_one_that_was_given_up_are_answered_without_them(waiting: Waiting) -> None:
+    welcome = answer(waiting.address, hello(protocol=PROTOCOL, role="monitor"))
+    smashed = TensorMeta("smashed", "F32", (2, 3), "raw", 24)
+    stale = Tensors(welcome.run, "of before", Lease(1, 1), "train", 0, 0, 0, (smashed,))
+    with zmq.Context() as context, context.socket(zmq.DEALER) as data:
+        data.linger = 0
+        data.connect(f"tcp://{waiting.address.rpartition(':')[0]}:{welcome.data_port}")
+        data.send_multipart([encode(stale), bytes(24)])
+        assert data.poll(10_000), "the broker did not answer"
+        header, *frames = data.recv_multipart()
+    assert (decode_data(header), frames) == (Detached(welcome.run, ""), [])
 
 
 def test_a_broker_that_dies_is_looked_for_by_its_peers_until_their_patience_ends(processes: Processes) -> None:

@@ -498,7 +498,9 @@ class Broker:
         elif route.to == BROKER:
             self._receive(route.message or message, frames)
         else:
-            sent = self._forward(route.to, header if route.message is None else encode(route.message), frames)
+            if route.message is not None:  # in the place of what came, whose frames it does not have
+                header, frames = encode(route.message), []
+            sent = self._forward(route.to, header, frames)
             if isinstance(message, Pull) and not sent:
                 self._forward(sender, encode(relay.lacking(message, relay.name_of(sender))), [])
             self.relayed += 1

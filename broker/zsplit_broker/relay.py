@@ -37,7 +37,7 @@ BROKER = b""
 
 
 class Route(NamedTuple):
-    """Where a data message goes: a routing id or `BROKER`, and the message where its header must change."""
+    """Where a data message goes: a routing id or `BROKER`; `message`, without frames, goes in its place."""
 
     to: bytes
     message: DataMessage | None = None
