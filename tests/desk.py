@@ -111,10 +111,16 @@ class Desk:
         return self.shards[member.index] if member.role == "client" else Prepared(cut="relu")
 
     def beat(self, member: Member, *held: Held, **more: Any) -> list[Event]:
-        """Beat once; return the news in it, which the scheduler has taken in."""
-        kept = self.scheduler.kept((member.role, member.index)) if member.token in self.router.sessions else []
-        have = (*kept, *(each.digest for each in held))
-        fields = {"sent": self.now, "held": held, "have": have, "prepared": self.prepared(member)} | more
+        """Beat once, all orders obeyed; return the news in it, which the scheduler has taken in."""
+        session = self.router.session(member.token)
+        kept = self.scheduler.kept((member.role, member.index)) if session else []
+        fields = {
+            "sent": self.now,
+            "revision": session.revision if session else 0,
+            "held": held,
+            "have": (*kept, *(each.digest for each in held)),
+            "prepared": self.prepared(member),
+        } | more
         beat = Beat(session=member.token, **fields)
         events = self.router.control(beat, member.control, self.now)
         self.take(events)

@@ -115,6 +115,7 @@ class Actor:
         return Beat(
             session=self.member.token,
             sent=self.shell.now,
+            revision=self.orders.revision,
             held=tuple(self.held.values()),
             have=tuple(self.states),
             prepared=self.shell.prepared(self.member),

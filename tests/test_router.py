@@ -151,7 +151,6 @@ def test_a_second_process_with_the_same_index_is_sent_away_once_the_first_has_pr
     assert desk.hello("client", 1, "second", host="here") is None
     assert desk.probed == [first.control]
     assert desk.hello("client", 1, "second", host="here") is None
-    desk.now += 1.0
     desk.beat(first)
     assert desk.hello("client", 1, "second", host="here") == Refused(
         sentence="client 1 is already running on another host", code=1
@@ -165,8 +164,7 @@ def test_it_is_told_where_the_first_one_runs() -> None:
     answer = desk.hello("server", 0, control=control, host="gpu-7")
     assert isinstance(answer, Welcome)
     assert desk.hello("server", 0, "second", host="here") is None
-    desk.now += 1.0
-    desk.router.control(Beat(session=answer.session, sent=1.0), control, desk.now)
+    desk.router.control(Beat(session=answer.session, sent=1.0, revision=1), control, desk.now)
     refusal = desk.hello("server", 0, "second", host="here")
     assert isinstance(refusal, Refused)
     assert refusal.sentence == "server 0 is already running on gpu-7"
@@ -181,6 +179,19 @@ def test_what_proved_the_first_one_alive_to_one_newcomer_proves_nothing_to_a_lat
     desk.now += 1.0
     assert desk.hello("client", 1, "third") is None
     assert desk.probed == [first.control]
+
+
+def test_what_a_dead_one_had_said_before_proves_nothing_however_late_it_comes() -> None:
+    desk = Desk()
+    first = desk.join("client", 1)
+    before = desk.orders(first).revision
+    assert desk.hello("client", 1, "second") is None
+    desk.now += 5.0  # its connection holds that long what it had sent, and the broker stands still besides
+    desk.router.tick(desk.now)
+    desk.beat(first, revision=before)
+    assert desk.hello("client", 1, "second") is None
+    desk.router.unreachable(first.control)
+    assert isinstance(desk.hello("client", 1, "second"), Welcome)
 
 
 @pytest.mark.parametrize("beat_seconds", [1.0, 4.9])

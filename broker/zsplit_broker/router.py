@@ -112,7 +112,7 @@ class Router:
         there = self._by_peer.get((hello.role, index))
         if there is not None and there.instance != hello.instance:
             if there.reachable:
-                yield from self._challenge(there, control, hello.instance, now)
+                yield from self._challenge(there, control, hello.instance)
                 return
             yield self._lose(there, "its connection closed, and another process took its place")
             there = None
@@ -130,16 +130,17 @@ class Router:
         if before is not None and before.instance != hello.instance:
             yield Lost(before.role, index, "another process took its place while the broker was away")
 
-    def _challenge(self, there: Session, newcomer: bytes, instance: str, now: float) -> Iterator[Outgoing]:
+    def _challenge(self, there: Session, newcomer: bytes, instance: str) -> Iterator[Outgoing]:
         """Find out whether the process that has the newcomer's index still lives; the newcomer asks again meanwhile.
 
-        A beat proves it that comes half of an interval after the challenge: earlier ones may have waited in the socket
-        since before its death. A probe that cannot be delivered disproves it, silence decides within `lease_seconds`.
+        A beat that follows the orders with which it was challenged proves it: any other may have been under way since
+        before its death. A probe that cannot be delivered disproves it, silence decides within `lease_seconds`.
         """
         if there.challenged is None or there.challenged[0] != instance:
-            there.challenged = instance, now
-            yield Outgoing(there.control, self.orders(there))
-        elif there.seen > there.challenged[1] + self.config.link.beat_seconds / 2:
+            probe = self.orders(there)
+            there.challenged = instance, probe.revision
+            yield Outgoing(there.control, probe)
+        elif there.beat is not None and there.beat.revision >= there.challenged[1]:
             there.challenged = None
             sentence = f"{there.role} {there.index} is already running on {there.host or 'another host'}"
             yield Outgoing(newcomer, Refused(sentence=sentence, code=1))

@@ -353,10 +353,14 @@ class Unknown(Control, frozen=True, tag="unknown"):
 
 
 class Beat(Control, frozen=True, tag="beat"):
-    """Peer → broker, regularly and on every change: all that I hold. `sent` is the peer's clock (s)."""
+    """Peer → broker, regularly and on every change: all that I hold, and which orders I have obeyed last.
+
+    `sent` is the peer's clock (s).
+    """
 
     session: str
     sent: float
+    revision: int = 0
     held: tuple[Held, ...] = ()
     have: tuple[str, ...] = ()
     prepared: Prepared | None = None

@@ -226,7 +226,7 @@ class Session:
         """Say all that this peer holds; more often at first, when the broker's clock is not known yet."""
         pace = self.config.link.beat_seconds
         self._beat_due = now + (pace if self.clock.samples >= SAMPLES else pace / 10)
-        self._connection.tell(encode(self.standing.beat(self.welcome.session, now, self._attached)))
+        self._connection.tell(encode(self.standing.beat(self.welcome.session, now, self._revision, self._attached)))
         self.standing.shelf.again()
 
     def _hear(self, header: bytes, at: float) -> None:

@@ -28,12 +28,13 @@ class Standing:
             if state is not None:
                 self.shelf.put(state)
 
-    def beat(self, session: str, sent: float, reachable: bool) -> Beat:
+    def beat(self, session: str, sent: float, revision: int, reachable: bool) -> Beat:
         """Return all that is to be said; a peer that tensors do not reach is not prepared yet."""
         with self._lock:
             return Beat(
                 session=session,
                 sent=sent,
+                revision=revision,
                 held=tuple(self._held.values()),
                 have=self.shelf.digests(),
                 prepared=self._prepared if reachable else None,
