@@ -617,8 +617,19 @@ def without_the_disk(play: Play) -> Play:
     return play
 
 
-def test_parallel_turns_wait_for_the_version_of_the_round_before() -> None:
-    play = Play(config_of(run__rounds=2, schedule__clients=3)).begin().go_on(events=2)
+def test_parallel_turns_go_on_beside_storing_and_the_round_after_the_next_waits_for_it() -> None:
+    play = Play(config_of(run__rounds=4, schedule__clients=3)).begin().go_on(events=2)
+    without_the_disk(play)
+    assert [(turn.round, turn.client) for turn in turns_of(play)] == [(r, c) for r in (0, 1) for c in (0, 1, 2)]
+    assert (play.scheduler.phase, play.scheduler.history) == ("validating", [])
+    held = play.due()
+    assert [type(event) for event in held] == [Stored, Stored]
+    assert Announce(0) in play.tell(held[0])
+    assert (play.scheduler.phase, play.scheduler.round) == ("training", 2)
+
+
+def test_where_training_may_end_early_parallel_turns_wait_for_the_version_of_the_round_before() -> None:
+    play = Play(config_of(run__rounds=4, run__patience=2, schedule__clients=3)).begin().go_on(events=2)
     without_the_disk(play)
     assert [(turn.round, turn.client) for turn in turns_of(play)] == [(0, 0), (0, 1), (0, 2)]
     (held,) = play.due()
@@ -712,14 +723,21 @@ def test_the_test_waits_for_all_rounds() -> None:
 
 @unhurried
 @given(plays(("parallel",)), st.randoms(use_true_random=False))
-def test_parallel_rounds_begin_when_the_one_before_is_over(play: Play, random: Random) -> None:
+def test_parallel_rounds_begin_when_the_one_before_is_evaluated_and_the_one_before_that_over(
+    play: Play, random: Random
+) -> None:
     play.begin().go_on(random.choice)
-    first = {}
+    first: dict[int, int] = {}
+    evaluated: dict[int, int] = {}
     for number, said in enumerate(play.said):
-        if isinstance(said, Open) and isinstance(said.job, Turn):
-            first.setdefault(said.job.round, number)
+        match said:
+            case Open(job=Turn(round=round_)):
+                first.setdefault(round_, number)
+            case Close(job=Evaluate(part="validation", round=round_)):
+                evaluated[round_] = number
     announced = {said.round: number for number, said in enumerate(play.said) if isinstance(said, Announce)}
-    assert all(announced[round_ - 1] < number for round_, number in first.items() if round_)
+    assert all(evaluated.get(round_ - 1, -1) < number for round_, number in first.items())
+    assert all(announced[round_ - 2] < number for round_, number in first.items() if round_ > 1)
 
 
 # Measuring and planning

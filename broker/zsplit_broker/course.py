@@ -5,8 +5,8 @@
                                                                            └── next ── validating
                                                                                          └──▶ testing ──▶ finished
 
-Storing, evaluating and planning anew run beside each other, and hold up the next round. Under `round_robin` only
-planning does: a round is stored and evaluated beside the turns of the next one, and recorded once both are done.
+Storing, evaluating and planning anew run beside each other. A round is stored beside the training of the next one,
+which waits for planning and, in parallel training, for the evaluation; it is recorded once it is stored and evaluated.
 Under `async` a round is as many results as there are clients: turns and merges go on beside each other, and beside the
 evaluation of the round before.
 
@@ -212,8 +212,12 @@ class Course(State):
         return False
 
     def _may_begin(self) -> bool:
-        """Whether the next round can begin: under round-robin, with the one before still being evaluated."""
-        beside = 0 if self.config.schedule.policy == "parallel" else 1
+        """Whether the next round can begin beside what is still to be done for the one before.
+
+        In parallel training that is storing alone: an evaluation takes the clients' time. Early stopping needs both.
+        """
+        parallel = self.config.schedule.policy == "parallel"
+        beside = 0 if parallel and (self.config.run.patience or self._evaluating()) else 1
         ready = self.plans.deciding is None and len(self.unsettled) <= beside
         return ready and not self.trained and not self.draining and self._enough()
 
@@ -247,15 +251,19 @@ class Course(State):
 
     def _settle(self) -> Iterator[Instruction]:
         """Record the rounds whose version is stored and evaluated, in order."""
-        busy = {w.job.round for w in self.work.values() if isinstance(w.job, Evaluate)}
-        busy |= {each.round for each, _ in self.evaluations_due()}
+        evaluating = self._evaluating()
         for round_, version in list(self.unsettled.items()):
-            if version.digest not in self.stored or round_ in busy:
+            if version.digest not in self.stored or round_ in evaluating:
                 return
             del self.unsettled[round_]
             self.evaluated = {each for each in self.evaluated if each.round != round_ or each.part != "validation"}
             self.history.append(self.books.end(round_, version.digest, self.now))
             yield Announce(round_)
+
+    def _evaluating(self) -> set[int]:
+        """Return the rounds whose version is being evaluated, or is to be."""
+        busy = {work.job.round for work in self.work.values() if isinstance(work.job, Evaluate)}
+        return busy | {each.round for each, _ in self.evaluations_due()}
 
     def _finish(self, ok: bool, sentence: str) -> Iterator[Instruction]:
         for lease in list(self.work):
