@@ -6,8 +6,8 @@ A broker, a server and two clients train as always, each with a stopwatch around
     storing    writing, checking and syncing versions: the broker's writer thread does it beside the next round
     kept       knowing repeats, and keeping what is not answered, at the server and at the clients
 
-The clients take turns: there the next round begins beside the storing. In parallel training it waits for it, as for the
-evaluation.
+Journal and kept messages are those of a round, storing that of a version: there is one more of them than rounds, since
+the model is stored before the first.
 """
 
 import json
@@ -17,7 +17,7 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, NamedTuple
 
 import click
 from common import child, json_option, machine, show, write
@@ -28,6 +28,11 @@ from runs import UNLIMITED, Task
 from zsplit.config import load_config
 
 CLIENTS = 2
+
+STORING = "storing"
+
+LONG_ROUND = 10.0
+"""Seconds of the round with one commit in which all of this is to take less than 1 %."""
 
 
 class Stopwatch:
@@ -60,7 +65,7 @@ def broker(report: Connection, keys: dict[str, object], out: str, result: str) -
 
     watch = Stopwatch()
     watch.hang_on("journal", Journal, "append")
-    watch.hang_on("storing", Draft, "write", "commit")
+    watch.hang_on(STORING, Draft, "write", "commit")
     run_broker(load_config(None, keys), out, lambda sockets, _: report.send(f"127.0.0.1:{sockets.port}"), False)
     Path(result).write_text(json.dumps(watch.seconds))
 
@@ -80,10 +85,18 @@ def peer(report: Connection, role: str, index: int, address: str, result: str) -
     Path(result).write_text(json.dumps(watch.seconds))
 
 
-def measure(task: Task, rounds: int) -> tuple[dict[str, float], float, int]:
-    """Return seconds by what they were spent on, the seconds of the rounds, and the bytes of a version."""
+class Cost(NamedTuple):
+    """Seconds by what they were spent on, a round or a version; those of a round; the bytes of a version."""
+
+    seconds: dict[str, float]
+    round_seconds: float
+    version_bytes: int
+
+
+def measure(task: Task, policy: str, rounds: int) -> Cost:
+    """Train, and return what it cost."""
     keys = task.settings | {"run.rounds": rounds, "broker.port": 0, "server.threads": 1, "client.threads": 1}
-    keys |= {"schedule.policy": "round_robin"}
+    keys |= {"schedule.policy": policy}
     peers = [("server", 0), *(("client", index) for index in range(task.clients))]
     with TemporaryDirectory() as name:
         folder = Path(name)
@@ -102,45 +115,34 @@ def measure(task: Task, rounds: int) -> tuple[dict[str, float], float, int]:
         seconds: dict[str, float] = {}
         for file in files:
             for what, spent in json.loads(file.read_text()).items():
-                seconds[what] = max(seconds.get(what, 0.0), spent)
+                seconds[what] = max(seconds.get(what, 0.0), spent / (rounds + (what == STORING)))
         lines = [json.loads(line) for line in (folder / "out" / "metrics.jsonl").read_text().splitlines()]
         version = next((folder / "out" / "versions").iterdir())
-        return seconds, sum(line["seconds"] for line in lines), version.stat().st_size
+        return Cost(seconds, sum(line["seconds"] for line in lines) / rounds, version.stat().st_size)
 
 
 @click.command()
 @click.option("--model", default="resnet18", show_default=True)
-@click.option("--steps", default=12, show_default=True, help="Steps of a client in a round.")
+@click.option("--policy", type=click.Choice(["round_robin", "parallel"]), default="round_robin", show_default=True)
+@click.option("--steps", default=30, show_default=True, help="Steps of a client in a round.")
 @click.option("--batch", default=32, show_default=True)
 @click.option("--rounds", default=4, show_default=True)
 @json_option
-def main(model: str, steps: int, batch: int, rounds: int, file: Path | None) -> None:
+def main(model: str, policy: str, steps: int, batch: int, rounds: int, file: Path | None) -> None:
     """Train, and say what share of the time went into being able to go on after a crash."""
-    task = Task(model, (3, 32, 32), batch, UNLIMITED, CLIENTS, steps)
-    seconds, wall, nbytes = measure(task, rounds)
-    title = f"Shares of a round of {wall / rounds:.1f} s"
-    table = Table("what", "ms a round", "share of the round", box=SIMPLE, title=title)
-    shares = {what: spent / wall for what, spent in seconds.items()}
-    for what, spent in seconds.items():
-        table.add_row(what, f"{1000 * spent / rounds:.1f}", f"{100 * shares[what]:.3f} %")
-    waited_for = sum(share for what, share in shares.items() if what != "storing")
-    for what, share in (("waited for", waited_for), ("in all", sum(shares.values()))):
-        table.add_row(what, f"{1000 * share * wall / rounds:.1f}", f"{100 * share:.3f} %")
+    cost = measure(Task(model, (3, 32, 32), batch, UNLIMITED, CLIENTS, steps), policy, rounds)
+    sums = {
+        "waited for": sum(spent for what, spent in cost.seconds.items() if what != STORING),
+        "in all": sum(cost.seconds.values()),
+    }
+    lengths = (cost.round_seconds, LONG_ROUND)
+    table = Table("what", "ms", *(f"of {length:.1f} s" for length in lengths), box=SIMPLE, title="Costs of a round")
+    for what, spent in (cost.seconds | sums).items():
+        table.add_row(what, f"{1000 * spent:.1f}", *(f"{100 * spent / length:.3f} %" for length in lengths))
     show(table)
-    click.echo(f"A version has {nbytes / 1e6:.1f} MB; storing goes on beside the next round.")
-    write(
-        file,
-        {
-            "machine": machine(),
-            "model": model,
-            "rounds": rounds,
-            "round_seconds": wall / rounds,
-            "version_bytes": nbytes,
-            "seconds": seconds,
-            "shares": shares,
-            "waited_for": waited_for,
-        },
-    )
+    click.echo(f"A version has {cost.version_bytes / 1e6:.1f} MB; storing goes on beside the next round.")
+    figures = {"machine": machine(), "model": model, "policy": policy, "rounds": rounds}
+    write(file, figures | cost._asdict() | {"sums": sums})
 
 
 if __name__ == "__main__":

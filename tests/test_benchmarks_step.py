@@ -70,6 +70,7 @@ def test_the_durability_benchmark_says_what_recovery_costs(tmp_path: Path) -> No
     figures = figures_of("durability.py", tmp_path, *options.split())
     assert set(figures["seconds"]) == {"journal", "storing", "kept (server)", "kept (client)"}
     assert all(seconds > 0 for seconds in figures["seconds"].values())
-    without_storing = sum(share for what, share in figures["shares"].items() if what != "storing")
-    assert figures["waited_for"] == pytest.approx(without_storing)
+    waited_for = sum(seconds for what, seconds in figures["seconds"].items() if what != "storing")
+    assert figures["sums"]["waited for"] == pytest.approx(waited_for)
+    assert figures["sums"]["in all"] == pytest.approx(waited_for + figures["seconds"]["storing"])
     assert figures["version_bytes"] > 1_000_000

@@ -14,6 +14,9 @@ from zsplit.errors import StorageError
 PARTIAL = ".partial"
 """Ending of a file that is not whole yet; what a crash leaves of it is never read."""
 
+AT_ONCE = 2**18
+"""Bytes written by one system call: for more at once Linux looks for memory in one piece, which can take 100 ms."""
+
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -46,10 +49,10 @@ def sync_folder(folder: Path) -> None:
 
 
 def write_all(descriptor: int, data: bytes | memoryview, offset: int) -> None:
-    """Write all of the data at the offset; a single system call may write less. Raises OSError."""
+    """Write all of the data at the offset; a single system call may write less than it is given. Raises OSError."""
     rest = memoryview(data)
     while rest:
-        written = os.pwrite(descriptor, rest, offset)
+        written = os.pwrite(descriptor, rest[:AT_ONCE], offset)
         rest, offset = rest[written:], offset + written
 
 
