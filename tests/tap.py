@@ -57,7 +57,7 @@ def _serve(config: Config, folder: Path, heard: "Queue[str]", passed: list[Passe
     create_folder(folder, config)
     with bound(config) as sockets, Journal.open(folder, {"run": "tapped"}) as journal:
         broker = Broker(config, "tapped", folder, journal, sockets)
-        broker.port = tap = Tap(sockets)
+        broker.switch.port = tap = Tap(sockets)
         heard.put(f"127.0.0.1:{sockets.port}")
         broker.serve()
         broker.close()

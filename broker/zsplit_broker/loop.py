@@ -20,24 +20,18 @@ from zsplit.errors import RemoteProtocolError, StorageError, ZsplitError
 from zsplit.wire import messages
 from zsplit.wire.events import AnyEvent, LogEvent
 from zsplit.wire.frames import (
-    check_sizes,
     decode_control,
-    decode_data,
     encode,
     protocol_of,
 )
 from zsplit.wire.messages import (
     PROTOCOL,
-    Attach,
     Beat,
     Bye,
-    Chunk,
     ControlMessage,
-    DataMessage,
     Fault,
     Hello,
     Job,
-    Pull,
     Refused,
     Telemetry,
     Turn,
@@ -46,7 +40,6 @@ from zsplit.wire.messages import (
 from zsplit.wire.wake import Wake
 from zsplit_broker import planning, record
 from zsplit_broker.bulletin import Bulletin
-from zsplit_broker.depot import Depot
 from zsplit_broker.disk import DiskFullError, Outcome, Writer
 from zsplit_broker.events import (
     Announce,
@@ -69,12 +62,11 @@ from zsplit_broker.events import (
 )
 from zsplit_broker.journal import Journal
 from zsplit_broker.port import Bell, Port
-from zsplit_broker.relay import BROKER
 from zsplit_broker.router import Router, refuse_protocol
 from zsplit_broker.scheduler import Scheduler
-from zsplit_broker.session import Session
-from zsplit_broker.sockets import BELL, Sockets
+from zsplit_broker.sockets import Sockets
 from zsplit_broker.summary import summarise
+from zsplit_broker.switch import Switch
 from zsplit_broker.timeline import Timeline
 from zsplit_broker.versions import Versions
 from zsplit_broker.work import Peer, client_of
@@ -129,11 +121,11 @@ class Broker:
         self.control, self.events = sockets.control, sockets.events
         self.wake = Wake()
         self.writer = Writer(self.wake.set)
-        self.depot = Depot(run, self.versions, self.writer, self._ask)
+        self.switch = Switch(run, Port(sockets.data), self.router, self.versions, self.writer)
+        self.depot = self.switch.depot
         self.poller = zmq.Poller()
         for source in (self.control, self.events, self.wake.fd):
             self.poller.register(source, zmq.POLLIN)
-        self.port = Port(sockets.data)
         descriptors = self.control.fileno(), self.events.fileno(), self.wake.fd
         self.bell = Bell(sockets.bell, descriptors, IDLE_SECONDS)
         self.busy = True
@@ -144,7 +136,6 @@ class Broker:
         self.full: DiskFullError | None = None
         self.left: set[Peer] = set()
         self.timeline = Timeline(folder, self.writer.submit) if config.run.timeline else None
-        self.relayed = self.relayed_bytes = 0
         self.stopping = self.draining = ""
         self.exported = False
         for done in self.scheduler.history[record.trim_metrics(folder, len(self.scheduler.history)) :]:
@@ -239,7 +230,7 @@ class Broker:
     def _turn(self) -> None:
         """Relay until something else is due, then do that."""
         self.bell.set(at_once=self.busy)
-        self._relay()
+        self.switch.pass_on_until_the_bell()
         ready = dict(self.poller.poll(0))
         if self.control in ready:
             self._drain(self._control)
@@ -282,7 +273,7 @@ class Broker:
             self._next_publish = now + PUBLISH_SECONDS
             self._publish(self.bulletin.state(now))
             if self.bulletin.rates_due(now):
-                self._publish([self.bulletin.rates(now, self.relayed, self.relayed_bytes)])
+                self._publish([self.bulletin.rates(now, self.switch.relayed, self.switch.relayed_bytes)])
 
     def _take_news(self) -> None:
         if not self.news or (self.full is not None and self.now() < self._next_try):
@@ -455,71 +446,6 @@ class Broker:
                 raise
             self.router.unreachable(to)
 
-    # Data
-
-    def _relay(self) -> None:
-        """Pass data messages on until the bell rings."""
-        receive, pass_on = self.port.receive, self._pass_on
-        while pass_on(*receive()):
-            pass
-
-    def _pass_on(self, sender: bytes, header: bytes, frames: list[zmq.Frame]) -> bool:
-        """Pass a data message on, of which only the header is read; return whether it was none of the bell's.
-
-        Nothing refers to the frames after it: their memory is free for the next ones as soon as they are sent.
-        """
-        if sender == BELL:
-            return False
-        crash.at("broker.relay")
-        sizes = list(map(len, frames))
-        try:
-            message = decode_data(header)
-            check_sizes(message, sizes)
-        except RemoteProtocolError:
-            self.router.dropped += 1
-            return True
-        lane = self.router.relay.lane(sender, message)
-        if lane is None:
-            self._route(sender, message, header, frames)
-        else:
-            self._forward(lane.to, header, frames)
-            size = len(header) + sum(sizes)  # counted while it is on its way: a lone message waits for nothing else
-            lane.count(message, size)
-            self.relayed += 1
-            self.relayed_bytes += size
-        return True
-
-    def _route(self, sender: bytes, message: DataMessage, header: bytes, frames: list[zmq.Frame]) -> None:
-        """Pass a message on for which there is no lane yet, or never will be."""
-        relay, size = self.router.relay, len(header) + sum(map(len, frames))
-        route = relay.route(sender, message, size)
-        if route is None:
-            self.router.dropped += 1
-        elif route.to == BROKER:
-            self._receive(route.message or message, frames)
-        else:
-            if route.message is not None:  # in the place of what came, whose frames it does not have
-                header, frames = encode(route.message), []
-            sent = self._forward(route.to, header, frames)
-            if isinstance(message, Pull) and not sent:
-                self._forward(sender, encode(relay.lacking(message, relay.name_of(sender))), [])
-            self.relayed += 1
-            self.relayed_bytes += size
-            if isinstance(message, Attach) and sender in relay.by_data:
-                self._have_sent_again(relay.by_data[sender])
-
-    def _have_sent_again(self, session: Session) -> None:
-        """A peer's data connection is a new one: what was on its way to it or from it may be lost."""
-        for to, resend in list(self.router.relay.resends(session)):
-            self._forward(to, encode(resend), [])
-        self.depot.ask_again(session.name)
-
-    def _forward(self, to: bytes, header: bytes, frames: list[zmq.Frame]) -> bool:
-        """Send a data message; return whether its connection took it."""
-        sent = self.port.send(to, header, frames)
-        self.router.dropped += not sent
-        return sent
-
     # Planning
 
     def _plan(self, asked: Decide, before: list[Planned]) -> None:
@@ -532,25 +458,6 @@ class Broker:
         self.answers.append(answer)
 
     # Storing
-
-    def _ask(self, pull: Pull) -> bool:
-        """Ask the holder of a version for a piece of it; return whether that could be said."""
-        holder = self.router.relay.data_of(pull.source)
-        return holder is not None and self._forward(holder, encode(pull), [])
-
-    def _receive(self, message: DataMessage, frames: list[zmq.Frame]) -> None:
-        """Take in a data message for the broker itself: a piece of a version, or a question for one."""
-        if isinstance(message, Chunk):
-            self.depot.take(message, memoryview(frames[0].buffer) if frames else None)
-        elif isinstance(message, Pull):
-            self._answer_pull(message)
-
-    def _answer_pull(self, pull: Pull) -> None:
-        to = self.router.relay.data_of(pull.origin)
-        if to is not None:
-            data = self.depot.read(pull)
-            answer = Chunk(self.run, "", pull.lease, pull.origin, pull.digest, pull.offset, len(data), pull.what)
-            self._forward(to, encode(answer), [zmq.Frame(data)] if data else [])
 
     def _written(self) -> None:
         """Collect what the writer finished: a digest is a version on disk, an error ends the run."""
