@@ -229,7 +229,9 @@ class Traffic(RuleBasedStateMachine):
     def send(self, connection: bytes, message: Tensors | Step, extra: int) -> None:
         """Send a message with a header of `extra` bytes; it passes if it may, and counts if it passes."""
         size = extra + (sum(meta.nbytes for meta in message.tensors) if isinstance(message, Tensors) else 0)
-        lane = self.relay.lane(connection, message)
+        frames = [bytes(meta.nbytes) for meta in message.tensors] if isinstance(message, Tensors) else []
+        assert self.relay.lane(connection, message, [*frames, b""]) is None, "frames that the header does not declare"
+        lane = self.relay.lane(connection, message, frames)
         if lane is None:
             route = self.relay.route(connection, message, size)
         else:

@@ -30,7 +30,7 @@ from hypothesis import strategies as st
 from zsplit.config import Config, from_json
 from zsplit.errors import RemoteProtocolError
 from zsplit.wire.events import decode_event
-from zsplit.wire.frames import decode_control
+from zsplit.wire.frames import check_sizes, decode_control
 from zsplit.wire.manifest import digest_of
 from zsplit.wire.messages import (
     PROTOCOL,
@@ -534,6 +534,37 @@ def test_tensors_pass_between_the_two_parties_of_a_granted_lease_and_nobody_else
     for sender, turn in zip([*stage.clients, *stage.servers], [*stage.turns[::-1], *stage.turns[::-1]], strict=True):
         assert stage.send(sender, stage.tensors(sender, turn.lease)) is None
         assert stage.send(sender, Step(RUN, sender.token, turn.lease, 0, 1.0)) is None
+
+
+def metas() -> st.SearchStrategy[TensorMeta]:
+    sizes = st.sampled_from([-1, 0, 24, 25, 2**41])
+    shapes = st.sampled_from([(2, 3), (2, -3), (2**20, 2**20)])
+    dtypes, codecs = st.sampled_from(["F32", "F31"]), st.sampled_from(["raw", "lz4"])
+    return st.builds(TensorMeta, st.just("smashed"), dtypes, shapes, codecs, sizes)
+
+
+@unhurried
+@given(st.lists(metas(), max_size=3).map(tuple), st.lists(st.integers(0, 30), max_size=3))
+def test_a_lane_is_for_those_tensors_alone_whose_frames_are_what_they_declare(
+    tensors: tuple[TensorMeta, ...], other: list[int]
+) -> None:
+    stage = Stage()
+    client, lease = stage.clients[0], stage.turns[0].lease
+    message = stage.tensors(client, lease)
+    stage.send(client, message)
+    message = msgspec.structs.replace(message, tensors=tensors)
+    for sizes in ([meta.nbytes for meta in tensors], other):
+        frames = [range(size) for size in sizes if size >= 0]
+        fits = True
+        try:
+            check_sizes(message, [len(frame) for frame in frames])
+        except RemoteProtocolError:
+            fits = False
+        try:
+            taken = stage.router.relay.lane(client.data, message, frames) is not None
+        except RemoteProtocolError:
+            taken = False
+        assert taken == fits
 
 
 @pytest.mark.parametrize("leg", [-1, 1, 2, 3, 4])

@@ -1,12 +1,12 @@
 """What may pass on the data connection, and where it goes: attaching, relay rules, pulls, and a count of all that."""
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence, Sized
 from typing import NamedTuple
 
 import msgspec
 
-from zsplit.wire.frames import raw_size
+from zsplit.wire.frames import LARGEST, raw_size
 from zsplit.wire.messages import (
     Attach,
     Attached,
@@ -157,16 +157,23 @@ class Relay:
         self.traffic: dict[Lease, Traffic] = {}
         self._lanes: dict[tuple[bytes, Lease], Lane] = {}
 
-    def lane(self, sender: bytes, message: DataMessage) -> Lane | None:
-        """Return the lane that these tensors may take, or None where `route` has to find out.
+    def lane(self, sender: bytes, message: DataMessage, frames: Sequence[Sized]) -> Lane | None:
+        """Return the lane that these tensors may take, or None where `check_sizes` and `route` have to find out.
 
-        Who sends a message on such a lane counts it there, best when it is on its way.
+        Who sends a message on such a lane counts it there, best when it is on its way. All that a lone message waits
+        for is in this one function: its code and data have left the caches since the last one.
         """
         if not isinstance(message, Tensors):
             return None
         lane = self._lanes.get((sender, message.lease))
         if lane is None or lane.marks != (message.run, message.session, message.kind) or message.leg not in lane.legs:
             return None
+        metas = message.tensors
+        if len(metas) != len(frames):
+            return None
+        for meta, frame in zip(metas, frames, strict=False):
+            if meta.nbytes != len(frame) or (meta.codec != "raw" and raw_size(meta) > LARGEST):
+                return None
         return lane
 
     def route(self, sender: bytes, message: DataMessage, size: int) -> Route | None:

@@ -39,19 +39,20 @@ class Switch:
         if sender == BELL:
             return False
         crash.at("broker.relay")
-        sizes = list(map(len, frames))
         try:
             message = decode_data(header)
-            check_sizes(message, sizes)
+            lane = self._relay.lane(sender, message, frames)
+            if lane is None:
+                check_sizes(message, list(map(len, frames)))
         except RemoteProtocolError:
             self._router.dropped += 1
             return True
-        lane = self._relay.lane(sender, message)
         if lane is None:
             self._route(sender, message, header, frames)
         else:
             self._forward(lane.to, header, frames)
-            size = len(header) + sum(sizes)  # counted while it is on its way: a lone message waits for nothing else
+            # Counted while it is on its way: a lone message waits for nothing else.
+            size = len(header) + sum(map(len, frames))
             lane.count(message, size)
             self.relayed += 1
             self.relayed_bytes += size

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from math import prod
-from typing import TypeVar
 
 import msgspec
 
@@ -31,7 +30,10 @@ ITEMSIZE = {
 }  # fmt: skip
 """Bytes of one element, by safetensors' name of the dtype."""
 
-M = TypeVar("M")
+UNDECODABLE = (msgspec.MsgspecError, RecursionError, UnicodeDecodeError, ValueError)
+"""What msgspec raises for bytes that are no message."""
+
+NO_MESSAGE = "not a message of protocol 1"
 
 _encoder = msgspec.msgpack.Encoder()
 _control: msgspec.msgpack.Decoder[ControlMessage] = msgspec.msgpack.Decoder(ControlMessage)
@@ -71,14 +73,20 @@ def decode_control(header: bytes) -> ControlMessage:
     """Return the control message. Raises RemoteProtocolError for anything else."""
     if len(header) > MAX_CONTROL:
         raise RemoteProtocolError(f"a control message of {len(header)} bytes is over the limit of {MAX_CONTROL}")
-    return _decoded(_control, header)
+    try:
+        return _control.decode(header)
+    except UNDECODABLE as error:
+        raise RemoteProtocolError(f"{NO_MESSAGE}: {error}") from error
 
 
 def decode_data(header: bytes) -> DataMessage:
     """Return the data message's header. Raises RemoteProtocolError for anything else."""
     if len(header) > MAX_HEADER:
         raise RemoteProtocolError(f"a data header of {len(header)} bytes is over the limit of {MAX_HEADER}")
-    return _decoded(_data, header)
+    try:
+        return _data.decode(header)
+    except UNDECODABLE as error:
+        raise RemoteProtocolError(f"{NO_MESSAGE}: {error}") from error
 
 
 def protocol_of(header: bytes) -> int | None:
@@ -108,12 +116,14 @@ def check_sizes(message: DataMessage, sizes: Sequence[int]) -> None:
     tensors would have had.
     """
     declared: list[int] = []
+    name = type(message).__name__
     if isinstance(message, Tensors):
-        declared = [meta.nbytes for meta in message.tensors if meta.codec == "raw" or raw_size(meta) <= LARGEST]
+        declared = [meta.nbytes for meta in message.tensors]
+        if any(meta.codec != "raw" and raw_size(meta) > LARGEST for meta in message.tensors):
+            raise RemoteProtocolError(f"{name} declares a tensor of more than {LARGEST} bytes")
     elif isinstance(message, Chunk) and message.nbytes:
         declared = [message.nbytes]
     if list(sizes) != declared:
-        name = type(message).__name__
         raise RemoteProtocolError(f"{name} declares frames of {declared} bytes, {list(sizes)} came")
 
 
@@ -144,10 +154,3 @@ def _check_meta(meta: TensorMeta, largest: int) -> None:
         raise RemoteProtocolError(f"{meta.dtype}{list(meta.shape)} is {size}, the header says {meta.nbytes}")
     if raw > largest:
         raise RemoteProtocolError(f"{meta.dtype}{list(meta.shape)} is {raw} bytes, the limit is {largest}")
-
-
-def _decoded(decoder: msgspec.msgpack.Decoder[M], header: bytes) -> M:
-    try:
-        return decoder.decode(header)
-    except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError, ValueError) as error:
-        raise RemoteProtocolError(f"not a message of protocol 1: {error}") from error
