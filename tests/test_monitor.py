@@ -55,7 +55,7 @@ def run_event(**changes: Any) -> RunEvent:
     """Return a run of four clients in its third round of twelve: two are done."""
     event = RunEvent(
         seq=1, time=NOON, name="digits", run="r1", state="training", policy="parallel", model="digits/cnn",
-        data="digits", cut="features.3", round=2, rounds=12, clients=4, joined=4, servers=1,
+        data="digits", cut="features.3", round=2, current=3, rounds=12, clients=4, joined=4, servers=1,
         version="3f2a9c1e" * 8, out="runs/digits-1", seconds=125.0,
     )  # fmt: skip
     return structs.replace(event, **changes)
@@ -204,20 +204,21 @@ def test_the_elapsed_time_of_a_run_that_has_ended_stands_still() -> None:
 
 
 def test_progress_counts_rounds_and_the_steps_of_the_current_one_and_never_goes_back_within_it() -> None:
-    board = board_of(run_event(clients=2, round=2), client(0, step=45), client(1, step=0))
+    board = board_of(run_event(clients=2, round=1, current=3), client(0, step=45), client(1, step=0))
     assert board.progress() == pytest.approx(2.5 / 12)
     board.take(client(0, seq=2, state="waiting", round=2, step=0, steps=0), 0.0)
     assert board.progress() == pytest.approx(2.5 / 12)
-    board.take(run_event(seq=2, clients=2, round=3), 0.0)
+    board.take(run_event(seq=2, clients=2, round=2, current=4), 0.0)
     assert board.progress() == pytest.approx(3 / 12)
     assert Board().progress() == 0.0
 
 
 @pytest.mark.parametrize(
-    ("state", "done", "shown"), [("waiting", 0, 0), ("training", 0, 1), ("evaluating", 12, 12), ("failed", 7, 7)]
+    ("state", "done", "shown"), [("waiting", 0, 0), ("training", 0, 2), ("evaluating", 11, 12), ("failed", 7, 7)]
 )
 def test_the_round_is_the_one_that_is_worked_on(state: str, done: int, shown: int) -> None:
-    assert board_of(run_event(state=state, round=done)).round() == shown
+    current = {"training": 2, "evaluating": 12}.get(state, 0)  # beside the storing of the one before
+    assert board_of(run_event(state=state, round=done, current=current)).round() == shown
     assert Board().round() == 0
 
 

@@ -79,6 +79,7 @@ class Bulletin:
             data=config.data.name,
             cut=scheduler.plans.cut,
             round=len(scheduler.history),
+            current=self._current(),
             rounds=config.run.rounds,
             clients=config.schedule.clients,
             joined=roles.count("client"),
@@ -88,6 +89,12 @@ class Bulletin:
             seconds=scheduler.seconds,
             test_accuracy=mean(scheduler.test.top1, scheduler.test.samples),
         )
+
+    def _current(self) -> int:
+        """Return the round that is worked on, from 1: in training, or else the first that is not over."""
+        scheduler = self.scheduler
+        first = min(len(scheduler.history) + 1, scheduler.config.run.rounds)
+        return scheduler.round + 1 if scheduler.phase in ("training", "merging") else max(scheduler.round, first)
 
     def _state(self) -> str:
         outcome = self.scheduler.outcome

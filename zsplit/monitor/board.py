@@ -122,7 +122,7 @@ class Board:
         """Return the round that is worked on, counted from 1; before the first it is 0, at the end the last done."""
         if self.run is None or self.ended or self.run.state in BEFORE:
             return self.run.round if self.run else 0
-        return min(self.run.round + 1, self.run.rounds)
+        return self.run.current
 
     def progress(self) -> float:
         """Return the share of the run's rounds that is done, the steps of the current one included."""
@@ -130,8 +130,8 @@ class Board:
             return 0.0
         if self.run.state == "finished":
             return 1.0
-        parts = [part for number, part in self._parts.values() if number == self.run.round + 1]
-        done = self.run.round + sum(parts) / max(1, self.run.clients, len(parts))
+        parts = [part for number, part in self._parts.values() if number == self.run.current]
+        done = max(0, self.run.current - 1) + sum(parts) / max(1, self.run.clients, len(parts))
         return min(1.0, max(0.0, done / self.run.rounds))
 
     def _is_new(self, event: AnyEvent) -> bool:
