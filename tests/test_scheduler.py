@@ -270,7 +270,7 @@ class Mischief(RuleBasedStateMachine):
         assert not {record.version for record in scheduler.history} & on_their_way
         if scheduler.unsettled and scheduler.outcome is None:
             first, version = next(iter(scheduler.unsettled.items()))
-            due = {each.round for each, _ in scheduler.evaluations_due()}
+            due = {each.round for each, *_ in scheduler.evaluations_due()}
             assert first in open_ | due or version.digest in scheduler.storing
 
     @invariant()
@@ -849,6 +849,23 @@ def test_an_earlier_runs_plans_are_used_from_their_rounds_on_and_nothing_is_meas
     assert not [said for said in play.said if isinstance(said, Decide)]
     used = [(turn.round, turn.client, turn.plan) for turn in opened(play, Turn)]
     assert used == [(r, c, later if r >= 2 and c else first) for r in range(4) for c in (0, 1)]
+
+
+@pytest.mark.parametrize("policy", ["parallel", "round_robin"])
+def test_a_round_is_evaluated_once_with_its_own_plans_also_beside_the_next_one(policy: str) -> None:
+    config = config_of(**AUTO, plan__file="plan.json", plan__predict=True, run__rounds=3, schedule__policy=policy)
+    play = Play(config)
+    play.tell(Started(1))
+    for round_, codec in enumerate(("raw", "half", "bf16")):
+        plan = Plan(cut="relu", up=codec)
+        play.tell(Planned(round_, {0: plan, 1: plan}))
+    for peer in play.peers:
+        play.tell(play.joined(peer))
+    while play.scheduler.outcome is None:
+        without_the_disk(play)
+        play.go_on(events=1)
+    used = [(e.round, e.client, e.plan.up) for e in opened(play, Evaluate) if e.part == "validation"]
+    assert sorted(used) == [(r, c, codec) for r, codec in enumerate(("raw", "half", "bf16")) for c in (0, 1)]
 
 
 @pytest.mark.parametrize("policy", ["parallel", "round_robin"])

@@ -120,10 +120,8 @@ class Course(State):
         return Merge(lease=lease, server=server, base=self.base(), round=self.round, inputs=inputs, share=share)
 
     def _open_evaluations(self) -> Iterator[Instruction]:
-        for each, version in list(self.evaluations_due()):
+        for each, version, plan in list(self.evaluations_due()):
             if self.servers() and ("client", each.client) in self.peers:
-                raw = self.evaluation_plan(each.client, False)
-                plan = raw if raw.up == each.up else self.evaluation_plan(each.client, True)
                 yield self._open(
                     Evaluate(
                         lease=self._lease(),
@@ -263,7 +261,7 @@ class Course(State):
     def _evaluating(self) -> set[int]:
         """Return the rounds whose version is being evaluated, or is to be."""
         busy = {work.job.round for work in self.work.values() if isinstance(work.job, Evaluate)}
-        return busy | {each.round for each, _ in self.evaluations_due()}
+        return busy | {each.round for each, *_ in self.evaluations_due()}
 
     def _finish(self, ok: bool, sentence: str) -> Iterator[Instruction]:
         for lease in list(self.work):

@@ -29,9 +29,10 @@ class Plans:
         self.situation: Situation | None = None
         self._peers = peers
 
-    def of(self, client: int) -> Plan:
-        """Return what a client is told to use."""
-        return self.current.get(client) or self.configured(client)
+    def of(self, client: int, round_: int | None = None) -> Plan:
+        """Return what a client is told to use: now, or for what belongs to a round that is over."""
+        made = None if round_ is None else self._for(round_)
+        return (made.plans if made else self.current).get(client) or self.configured(client)
 
     def in_use(self) -> dict[int, Plan]:
         """Return each client's plan; none where the planner has not chosen yet."""
@@ -96,6 +97,10 @@ class Plans:
 
     def use(self, round_: int) -> None:
         """Use the latest plans that are for this round or an earlier one."""
-        due = [event for event in self.made if event.round <= round_]
-        if due:
-            self.current, self.predicted = due[-1].plans, due[-1].predicted
+        made = self._for(round_)
+        if made is not None:
+            self.current, self.predicted = made.plans, made.predicted
+
+    def _for(self, round_: int) -> Planned | None:
+        """Return the plans that hold in a round, or None before the first."""
+        return next((event for event in reversed(self.made) if event.round <= round_), None)

@@ -207,8 +207,11 @@ class State:
         done = busy | self.contributions.keys() | self.missed
         return [share for share in self.stages[self.stage] if share.client not in done]
 
-    def evaluations_due(self) -> Iterator[tuple[Evaluated, Ref]]:
-        """Yield the evaluations that are neither done nor open, with their versions, in the order of the rounds."""
+    def evaluations_due(self) -> Iterator[tuple[Evaluated, Ref, Plan]]:
+        """Yield the evaluations that are neither done nor open, with version and plan, in the order of the rounds.
+
+        A round is evaluated with the plans that it was trained with, however long that takes.
+        """
         every, passes = self.config.run.eval_every, [self.config.codec.eval]
         wanted: list[tuple[Literal["validation", "test"], int, Ref]] = [
             ("validation", round_, version)
@@ -224,14 +227,15 @@ class State:
                 for client in self.members():
                     if client in self.away or not getattr(self.prepared("client", client), part):
                         continue
-                    each = Evaluated(part, round_, self.evaluation_plan(client, through).up, client)
+                    plan = self.evaluation_plan(client, through, None if part == "test" else round_)
+                    each = Evaluated(part, round_, plan.up, client)
                     if each not in busy and each not in self.evaluated:
-                        yield each, version
+                        yield each, version, plan
 
     def awaited(self) -> list[int]:
         """Return the clients that have something to do and are not here."""
         due = {share.client for share in self.shares_due()}
-        due |= {each.client for each, _ in self.evaluations_due()}
+        due |= {each.client for each, *_ in self.evaluations_due()}
         if self.phase == "measuring":
             due |= {client for _, client in self.survey.due(self.servers(), self.away) if client >= 0}
         if self.is_async and self.phase == "training":
@@ -316,9 +320,9 @@ class State:
             load[work.job.server] += 1
         return min(load, key=lambda index: (load[index], index))
 
-    def evaluation_plan(self, client: int, through: bool) -> Plan:
-        """Return a client's plan, with smashed data `through` their codec or raw."""
-        plan = self.plan_of(client)
+    def evaluation_plan(self, client: int, through: bool, round_: int | None = None) -> Plan:
+        """Return a client's plan, the one of now or of a round, with smashed data `through` their codec or raw."""
+        plan = self.plans.of(client, round_)
         return plan if through else msgspec.structs.replace(plan, up="raw")
 
     def check(self) -> None:
