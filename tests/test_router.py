@@ -30,7 +30,7 @@ from hypothesis import strategies as st
 from zsplit.config import Config, from_json
 from zsplit.errors import RemoteProtocolError
 from zsplit.wire.events import decode_event
-from zsplit.wire.frames import check_sizes, decode_control
+from zsplit.wire.frames import MAX_HEADER, check_sizes, decode_control
 from zsplit.wire.manifest import digest_of
 from zsplit.wire.messages import (
     PROTOCOL,
@@ -179,6 +179,15 @@ def test_what_proved_the_first_one_alive_to_one_newcomer_proves_nothing_to_a_lat
     desk.now += 1.0
     assert desk.hello("client", 1, "third") is None
     assert desk.probed == [first.control]
+
+
+def test_newcomers_for_one_index_do_not_keep_each_other_from_their_answers() -> None:
+    desk = Desk()
+    first = desk.join("client", 1)
+    newcomers = ("second", "third")
+    assert [desk.hello("client", 1, instance) for instance in newcomers] == [None, None]
+    desk.beat(first)
+    assert all(isinstance(desk.hello("client", 1, instance), Refused) for instance in newcomers)
 
 
 def test_what_a_dead_one_had_said_before_proves_nothing_however_late_it_comes() -> None:
@@ -461,15 +470,14 @@ def test_a_data_connection_without_a_session_is_told_so() -> None:
     desk = Desk()
     stranger = Member("client", 0, "token 99", b"c", b"d")
     assert desk.send(stranger, desk.tensors(stranger, NO_SUCH_LEASE)) == Route(b"d", Detached(RUN, ""))
-    assert desk.send(stranger, Attach(RUN, "token 99")) == Route(b"d", Detached(RUN, "token 99"))
+    for token in ("token 99", "x" * (MAX_HEADER - 16)):  # nothing of what it says comes back, however long
+        assert desk.send(stranger, Attach("", token)) == Route(b"d", Detached(RUN, ""))
 
 
 def test_attaching_to_another_run_is_refused() -> None:
     desk = Desk()
     member = desk.enter("client", 0)
-    assert desk.router.relay.route(b"new", Attach("old run", member.token), 0) == Route(
-        b"new", Detached(RUN, member.token)
-    )
+    assert desk.router.relay.route(b"new", Attach("old run", member.token), 0) == Route(b"new", Detached(RUN, ""))
 
 
 def test_the_newest_data_connection_of_a_session_takes_the_place_of_the_one_before() -> None:
@@ -519,7 +527,7 @@ def test_a_data_connection_of_a_session_that_is_over_is_told_so() -> None:
     client = stage.clients[0]
     stage.router.control(Bye(session=client.token), client.control, stage.now)
     assert stage.send(client, stage.tensors(client, stage.turns[0].lease)) == Route(client.data, Detached(RUN, ""))
-    assert stage.send(client, Attach(RUN, client.token)) == Route(client.data, Detached(RUN, client.token))
+    assert stage.send(client, Attach(RUN, client.token)) == Route(client.data, Detached(RUN, ""))
 
 
 # Tensors
@@ -899,6 +907,33 @@ def test_who_measures_is_published_and_that_a_plan_is_made() -> None:
     survey.planned()
     assert bulletin.run_event().cut == "pool"
     assert states(survey) == ["storing", "initialising", "waiting"]
+
+
+def test_the_round_that_is_worked_on_is_told_beside_those_that_are_over() -> None:
+    stage = Stage(run__rounds=2, run__eval_every=0)
+    bulletin = Bulletin(stage.scheduler, stage.router, RUN, "out")
+
+    def told() -> tuple[int, int, str]:
+        event = bulletin.run_event()
+        return event.round, event.current, event.state
+
+    def train(version: bytes) -> None:
+        stage.turns = [stage.job(server) for server in stage.servers]
+        for server, turn in zip(stage.servers, stage.turns, strict=True):
+            stage.beat(server, Held(lease=turn.lease, state="ready"))
+        stage.end_turns()
+        merge = stage.job(stage.servers[0])
+        stage.beat(stage.servers[0], Held(lease=merge.lease, state="done", digest=digest_of(version)))
+
+    assert told() == (0, 1, "training")
+    train(b"first")
+    assert told() == (0, 2, "training"), "beside the storing of the first"
+    stage.stored()
+    assert told() == (1, 2, "training")
+    train(b"second")
+    assert told() == (1, 2, "evaluating")
+    stage.stored()
+    assert told() == (2, 2, "evaluating")
 
 
 def test_what_a_plan_says_is_logged_and_one_that_stays_is_not() -> None:

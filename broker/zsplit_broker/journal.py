@@ -67,7 +67,7 @@ class Journal:
             return cls(folder, file, lock, length, found, lines[1:])
 
     def append(self, payloads: Sequence[bytes]) -> None:
-        """Make the payloads durable, in this order, with one write and one fsync.
+        """Make the payloads durable, in this order, with one fsync.
 
         Raises StorageError (disk full, …): then none of them counts, and they are cut away again.
         """

@@ -201,7 +201,7 @@ class Relay:
     def _attach(self, sender: bytes, message: Attach) -> DataMessage:
         session = self.sessions.get(message.session)
         if session is None or message.run != self.run:
-            return Detached(self.run, message.session)
+            return Detached(self.run, "")
         if session.data is not None:
             self.by_data.pop(session.data, None)
         before = self.by_data.get(sender)

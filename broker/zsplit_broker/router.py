@@ -136,12 +136,13 @@ class Router:
         A beat that follows the orders with which it was challenged proves it: any other may have been under way since
         before its death. A probe that cannot be delivered disproves it, silence decides within `lease_seconds`.
         """
-        if there.challenged is None or there.challenged[0] != instance:
+        challenge = there.challenged.get(instance)
+        if challenge is None:
             probe = self.orders(there)
-            there.challenged = instance, probe.revision
+            there.challenged[instance] = probe.revision
             yield Outgoing(there.control, probe)
-        elif there.beat is not None and there.beat.revision >= there.challenged[1]:
-            there.challenged = None
+        elif there.beat is not None and there.beat.revision >= challenge:
+            del there.challenged[instance]
             sentence = f"{there.role} {there.index} is already running on {there.host or 'another host'}"
             yield Outgoing(newcomer, Refused(sentence=sentence, code=1))
 

@@ -17,7 +17,7 @@ class Session:
         self.data: bytes | None = None
         self.seen = now
         self.reachable = True
-        self.challenged: tuple[str, int] | None = None
+        self.challenged: dict[str, int] = {}
         self.revision = 0
         self.orders: tuple[tuple[Job, ...], tuple[str, ...], Finish | None] = ((), (), None)
         self.beat: Beat | None = None
