@@ -66,11 +66,15 @@ def test_a_run_on_the_digits_loads_no_torch_in_the_broker_and_no_torchvision_any
 
 
 def test_the_durability_benchmark_says_what_recovery_costs(tmp_path: Path) -> None:
-    options = "--model pipelearn/vgg5 --steps 2 --batch 4 --rounds 2"
+    options = "--model pipelearn/vgg5 --steps 2 --batch 4 --rounds 3"
     figures = figures_of("durability.py", tmp_path, *options.split())
-    assert set(figures["seconds"]) == {"journal", "storing", "kept (server)", "kept (client)"}
-    assert all(seconds > 0 for seconds in figures["seconds"].values())
-    waited_for = sum(seconds for what, seconds in figures["seconds"].items() if what != "storing")
-    assert figures["sums"]["waited for"] == pytest.approx(waited_for)
-    assert figures["sums"]["in all"] == pytest.approx(waited_for + figures["seconds"]["storing"])
+    seconds, (round_seconds, ten) = figures["seconds"], figures["lengths"]
+    kept = {"kept (server)", "kept (client)"}
+    assert set(seconds) == {"journal", "storing", "moving (server)", "moving (broker)"} | kept
+    assert all(each > 0 for each in seconds.values())
+    waited_for = {what: each for what, each in seconds.items() if what != "storing"}
+    assert figures["shares"]["waited for"][0] == pytest.approx(sum(waited_for.values()) / round_seconds)
+    assert figures["shares"]["in all"][0] == pytest.approx(sum(seconds.values()) / round_seconds)
+    grown = sum(each * (ten / round_seconds if what in kept else 1) for what, each in seconds.items())
+    assert figures["shares"]["in all"][1] == pytest.approx(grown / ten)
     assert figures["version_bytes"] > 1_000_000
