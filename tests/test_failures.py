@@ -324,6 +324,31 @@ def test_a_client_that_hangs_is_missed_within_its_lease_and_joins_again_when_it_
     assert not any("Traceback" in line for each in (broker, server, client, hung) for line in each.said)
 
 
+def test_a_server_that_hangs_while_another_comes_in_its_place_joins_again_beside_it_when_it_wakes(
+    processes: Processes,
+) -> None:
+    broker = processes.start("broker", *settings(*IMPATIENT, ENDLESS), "--out", "out")
+    address = broker.line("The broker listens at ").split()[4].rstrip(";")
+    hung = processes.start("server", "--broker", address)
+    clients = [processes.start("client", "-i", str(index), "--broker", address) for index in (0, 1)]
+    monitor = processes.start("monitor", "--broker", address)
+    monitor.line(" round 1/")
+    hung.process.send_signal(signal.SIGSTOP)
+    monitor.line(f"server.0  error: no sign of life for {LEASE:g} s (link.lease_seconds)")
+    newcomer = processes.start("server", "--broker", address)
+    newcomer.line("server 0 joined the run at ")
+    rounds = sum(" round " in line for line in monitor.out)
+    until(lambda: sum(" round " in line for line in monitor.out) > rounds)
+    hung.process.send_signal(signal.SIGCONT)
+    hung.line("joined again as server 1")
+    rounds = sum(" round " in line for line in monitor.out)
+    newcomer.process.kill()
+    until(lambda: sum(" round " in line for line in monitor.out) > rounds + 1)
+    broker.signal(signal.SIGINT)
+    assert [each.wait() for each in (broker, hung, *clients, monitor)] == [1, 1, 1, 1, 0]
+    assert not any("Traceback" in line for each in (broker, hung, *clients) for line in each.said)
+
+
 @pytest.mark.parametrize("model", ["shared", "fused"])
 def test_a_round_goes_on_without_a_client_whose_link_is_too_slow_for_it(model: str, here: Here, tmp_path: Path) -> None:
     slow = 'link.client=[{clients = "1", uplink_mbps = 0.05}]'  # a batch takes it some ten seconds

@@ -161,13 +161,40 @@ def test_a_second_process_with_the_same_index_is_sent_away_once_the_first_has_pr
 def test_it_is_told_where_the_first_one_runs() -> None:
     desk = Desk()
     control = desk.routing_id()
-    answer = desk.hello("server", 0, control=control, host="gpu-7")
+    answer = desk.hello("client", 0, control=control, host="gpu-7")
     assert isinstance(answer, Welcome)
-    assert desk.hello("server", 0, "second", host="here") is None
+    assert desk.hello("client", 0, "second", host="here") is None
     desk.router.control(Beat(session=answer.session, sent=1.0, revision=1), control, desk.now)
-    refusal = desk.hello("server", 0, "second", host="here")
+    refusal = desk.hello("client", 0, "second", host="here")
     assert isinstance(refusal, Refused)
-    assert refusal.sentence == "server 0 is already running on gpu-7"
+    assert refusal.sentence == "client 0 is already running on gpu-7"
+
+
+def test_a_server_that_wakes_and_finds_its_index_given_away_gets_another_one_and_keeps_that() -> None:
+    desk = Desk()
+    sleeper = desk.join("server", instance="sleeper")
+    desk.after(desk.config.link.lease_seconds + 1.0)
+    assert desk.router.session(sleeper.token) is None
+    newcomer = desk.join("server", instance="newcomer")
+    assert newcomer.index == sleeper.index == 0
+    assert desk.hello("server", 0, "sleeper") is None
+    desk.beat(newcomer)
+    again = desk.join("server", 0, "sleeper")
+    assert again.index == 1
+    assert desk.session(newcomer).instance == "newcomer"
+    desk.take(desk.router.control(Bye(session=newcomer.token), newcomer.control, desk.now))
+    for index in (0, 1):  # an old hello that comes late changes nothing
+        answer = desk.hello("server", index, "sleeper")
+        assert isinstance(answer, Welcome)
+        assert (answer.session, answer.index) == (again.token, 1)
+
+
+def test_a_server_whose_welcome_was_lost_is_welcome_when_it_asks_again() -> None:
+    desk = Desk()
+    assert isinstance(desk.hello("server", instance="first"), Welcome)
+    desk.now += 2 * desk.config.link.beat_seconds
+    assert isinstance(desk.hello("server", instance="first"), Welcome)
+    assert len(desk.router.sessions) == 1
 
 
 def test_what_proved_the_first_one_alive_to_one_newcomer_proves_nothing_to_a_later_one() -> None:

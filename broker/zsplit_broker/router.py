@@ -98,11 +98,12 @@ class Router:
 
     def _admit(self, control: bytes, hello: Hello, now: float) -> Iterator[Outgoing | Lost]:
         if hello.index < 0:
-            quiet = [s for s in self.silent(now, 1.2) if s.role == hello.role and s.reachable]
+            others = [s for s in self.silent(now, 1.2) if (s.role, s.instance) != (hello.role, hello.instance)]
+            quiet = [session for session in others if session.role == hello.role and session.reachable]
             yield from (Outgoing(session.control, self.orders(session)) for session in quiet)
             if quiet:
                 return  # it asks again, and may have the index of one that cannot be reached
-        index = hello.index if hello.index >= 0 else self._index_of(hello)
+        index = hello.index if hello.index >= 0 and not self._is_given_away(hello) else self._index_of(hello)
         if index is None and any(peer not in self._by_peer for peer in self.scheduler.peers):
             return  # one that was here before this broker may not come back: ask again
         if index is None:
@@ -130,18 +131,33 @@ class Router:
         if before is not None and before.instance != hello.instance:
             yield Lost(before.role, index, "another process took its place while the broker was away")
 
+    def _is_given_away(self, hello: Hello) -> bool:
+        """Whether a server that slept is somebody else by now, or another one is what it was.
+
+        To a server an index is no more than a name: it works on under any other.
+        """
+        if hello.role != "server":
+            return False
+        there = self._by_peer.get((hello.role, hello.index))
+        renamed = any(s.instance == hello.instance and s.index != hello.index for s in self.sessions.values())
+        return renamed or (there is not None and self._has_proved_alive(there, hello.instance))
+
+    def _has_proved_alive(self, there: Session, newcomer: str) -> bool:
+        """Whether a process has obeyed orders with which it was challenged for this newcomer."""
+        challenge = there.challenged.get(newcomer)
+        return challenge is not None and there.beat is not None and there.beat.revision >= challenge
+
     def _challenge(self, there: Session, newcomer: bytes, instance: str) -> Iterator[Outgoing]:
         """Find out whether the process that has the newcomer's index still lives; the newcomer asks again meanwhile.
 
         A beat that follows the orders with which it was challenged proves it: any other may have been under way since
         before its death. A probe that cannot be delivered disproves it, silence decides within `lease_seconds`.
         """
-        challenge = there.challenged.get(instance)
-        if challenge is None:
+        if instance not in there.challenged:
             probe = self.orders(there)
             there.challenged[instance] = probe.revision
             yield Outgoing(there.control, probe)
-        elif there.beat is not None and there.beat.revision >= challenge:
+        elif self._has_proved_alive(there, instance):
             del there.challenged[instance]
             sentence = f"{there.role} {there.index} is already running on {there.host or 'another host'}"
             yield Outgoing(newcomer, Refused(sentence=sentence, code=1))

@@ -50,8 +50,9 @@ class Switch:
         if lane is None:
             self._route(sender, message, header, frames)
         else:
-            self._forward(lane.to, header, frames)
-            # Counted while it is on its way: a lone message waits for nothing else.
+            sent = self.port.send(lane.to, header, frames)
+            # What follows is done while it is on its way: a lone message waits for nothing else.
+            self._router.dropped += not sent
             size = len(header) + sum(map(len, frames))
             lane.count(message, size)
             self.relayed += 1

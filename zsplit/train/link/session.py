@@ -261,7 +261,7 @@ class Session:
             raise LinkError(f"the broker at {address} has another run now: start this peer again to take part in it")
         self._greeting, self._beat_due = False, 0.0
         self._revision = 0  # a broker that is back counts anew; what comes after this is newer than what came before
-        self.welcome = welcome
+        self.welcome, self._hello = welcome, msgspec.structs.replace(self._hello, index=welcome.index)
         if self._unknown or (welcome.session, welcome.data_port) != (before.session, before.data_port):
             found = f"found the broker at {address} again" if self._met else "the broker had given this peer up"
             self._inform(f"{found}; joined again as {self._role} {welcome.index}")
