@@ -868,6 +868,30 @@ def test_a_round_is_evaluated_once_with_its_own_plans_also_beside_the_next_one(p
     assert sorted(used) == [(r, c, codec) for r, codec in enumerate(("raw", "half", "bf16")) for c in (0, 1)]
 
 
+def test_what_is_done_again_after_going_back_is_done_with_the_plans_of_its_round() -> None:
+    config = config_of(
+        **AUTO, plan__file="plan.json", plan__predict=True, run__rounds=2, run__commit_every=1,
+        schedule__policy="round_robin",
+    )  # fmt: skip
+    play = Play(config, servers=2)
+    play.tell(Started(1))
+    for round_, codec in enumerate(("raw", "half")):
+        plan = Plan(cut="relu", up=codec)
+        play.tell(Planned(round_, {0: plan, 1: plan}))
+    for peer in play.peers:
+        play.tell(play.joined(peer))
+    while play.scheduler.round == 0:
+        stored = [event for event in play.due() if isinstance(event, Stored)]
+        play.tell((stored or play.due())[0])
+    without_the_disk(play)  # the next round begins beside the storing of the first
+    assert play.scheduler.plan_of(0).up == "half"
+    version = play.scheduler.base()
+    play.tell(Lost("server", int(version.holder.partition(".")[2]), "killed"))
+    assert (play.scheduler.round, play.scheduler.stage) == (0, 1)
+    play.go_on()
+    assert {(turn.round, turn.plan.up) for turn in turns_of(play)} == {(0, "raw"), (1, "half")}
+
+
 @pytest.mark.parametrize("policy", ["parallel", "round_robin"])
 def test_another_plan_is_asked_for_when_a_round_went_otherwise_and_used_from_the_next_round_on(policy: str) -> None:
     config = config_of(**AUTO, schedule__policy=policy, run__rounds=3, train__batch_size=4)

@@ -354,7 +354,8 @@ class Broker:
             case Discard(digest):
                 self.depot.discard(digest)
             case Decide():
-                self.writer.submit(PLAN, partial(self._plan, instruction, list(self.scheduler.plans.made)))
+                before = self.scheduler.plans.before(instruction.round)
+                self.writer.submit(PLAN, partial(self._plan, instruction, before))
             case Announce(round_):
                 crash.at("broker.announce")
                 event = self.bulletin.round_event(self.scheduler.history[round_])

@@ -91,9 +91,13 @@ class Plans:
     def take(self, event: Planned, round_: int) -> None:
         """Take plans in, in the middle of a round or before the first."""
         if event.plans:
-            self.made.append(event)
+            self.made = [*self.before(event.round), event]
         self.deciding = None
         self.use(round_)
+
+    def before(self, round_: int) -> list[Planned]:
+        """Return the plans for earlier rounds. After going back there may be later ones, from the time before."""
+        return [event for event in self.made if event.round < round_]
 
     def use(self, round_: int) -> None:
         """Use the latest plans that are for this round or an earlier one."""

@@ -217,6 +217,7 @@ class Scheduler(Course):
         self.contributions, self.finished = {}, {}
         self.round, self.stage, self.stages = mark.round, mark.stage, list(mark.stages)
         self.missed, self.moved = set(mark.missed), set(mark.moved)
+        self.plans.use(mark.round)
         self.books.go_back(mark.round, mark.book)
         self.books.tests = {}
         self.evaluated = {each for each in self.evaluated if each.part == "validation" and each.round < mark.round}

@@ -210,7 +210,8 @@ class State:
     def evaluations_due(self) -> Iterator[tuple[Evaluated, Ref, Plan]]:
         """Yield the evaluations that are neither done nor open, with version and plan, in the order of the rounds.
 
-        A round is evaluated with the plans that it was trained with, however long that takes.
+        A round is evaluated with the plans that it was trained with, however long that takes. Under `async` turns
+        belong to no round: there it is the latest of those made for it or an earlier one.
         """
         every, passes = self.config.run.eval_every, [self.config.codec.eval]
         wanted: list[tuple[Literal["validation", "test"], int, Ref]] = [
