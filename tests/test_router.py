@@ -29,6 +29,7 @@ from hypothesis import strategies as st
 
 from zsplit.config import Config, from_json
 from zsplit.errors import RemoteProtocolError
+from zsplit.monitor.board import Board
 from zsplit.wire.events import decode_event
 from zsplit.wire.frames import MAX_HEADER, check_sizes, decode_control
 from zsplit.wire.manifest import digest_of
@@ -68,6 +69,7 @@ from zsplit.wire.messages import (
 from zsplit_broker.bulletin import Bulletin
 from zsplit_broker.events import Done, Entry, Event, Joined, Lost, Planned, Ready, Started
 from zsplit_broker.relay import BROKER, Route, peer_of
+from zsplit_broker.router import NEWCOMERS
 from zsplit_broker.summary import summarise
 from zsplit_broker.work import Peer, client_of
 
@@ -187,6 +189,28 @@ def test_a_server_that_wakes_and_finds_its_index_given_away_gets_another_one_and
         answer = desk.hello("server", index, "sleeper")
         assert isinstance(answer, Welcome)
         assert (answer.session, answer.index) == (again.token, 1)
+
+
+def test_a_server_that_slept_takes_the_place_of_nobody() -> None:
+    desk = Desk()
+    sleeper = desk.join("server", instance="sleeper")
+    desk.after(desk.config.link.lease_seconds + 1.0)
+    newcomer, other = (desk.join("server", instance=name) for name in ("newcomer", "other"))
+    desk.router.unreachable(other.control)  # for the moment in which it makes a new connection
+    assert desk.hello("server", 0, "sleeper") is None
+    desk.beat(newcomer)
+    assert desk.join("server", sleeper.index, "sleeper").index == 2
+    assert desk.session(other).instance == "other"
+
+
+def test_who_asks_for_an_index_and_never_again_is_forgotten() -> None:
+    desk = Desk()
+    first = desk.join("client", 1)
+    for number in range(3 * NEWCOMERS):
+        assert desk.hello("client", 1, f"number {number}") is None
+    assert len(desk.session(first).challenged) == NEWCOMERS
+    desk.beat(first)
+    assert isinstance(desk.hello("client", 1, f"number {3 * NEWCOMERS - 1}"), Refused)
 
 
 def test_a_server_whose_welcome_was_lost_is_welcome_when_it_asks_again() -> None:
@@ -961,6 +985,41 @@ def test_the_round_that_is_worked_on_is_told_beside_those_that_are_over() -> Non
     assert told() == (1, 2, "evaluating")
     stage.stored()
     assert told() == (2, 2, "evaluating")
+
+
+@pytest.mark.parametrize(("rounds", "patience"), [(1, 0), (2, 0), (9, 1)])
+def test_the_bar_never_goes_back_and_the_round_is_none_that_never_begins(rounds: int, patience: int) -> None:
+    stage = Stage(run__rounds=rounds, run__patience=patience)
+    bulletin, board = Bulletin(stage.scheduler, stage.router, RUN, "out"), Board()
+    bars, shown = [0.0], set()
+
+    def look() -> None:
+        stage.now += 1.0
+        for event in bulletin.state(stage.now):
+            board.take(decode_event(bulletin.stamp(event, stage.now)[1]), stage.now)
+        bars.append(board.progress())
+        shown.add(board.round())
+
+    while stage.scheduler.outcome is None:
+        look()
+        for member in (*stage.servers, *stage.clients):
+            for job in stage.orders(member).jobs:
+                steps = range(job.count + 1) if isinstance(job, Turn) else (0,)
+                for step in steps if member.role == "client" else ():
+                    stage.beat(member, Held(lease=job.lease, state="running", step=step))
+                    look()
+                if member.role == "server" and not isinstance(job, Init | Merge):
+                    stage.beat(member, Held(lease=job.lease, state="ready"))
+                work = f"{member.name} {job}".encode()
+                stage.beat(member, Held(lease=job.lease, state="done", digest=digest_of(work), tally=Tally(samples=1)))
+                look()
+        stage.stored()
+    look()
+    done = len(stage.scheduler.history)
+    assert shown == set(range(1, done + 1))
+    assert bars == sorted(bars)
+    assert bars[-1] == 1.0
+    assert max(bar for bar in bars if bar < 1.0) <= done / rounds
 
 
 def test_what_a_plan_says_is_logged_and_one_that_stays_is_not() -> None:

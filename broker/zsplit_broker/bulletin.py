@@ -15,7 +15,7 @@ from zsplit.wire.events import (
     encode_event,
     topic,
 )
-from zsplit.wire.messages import Evaluate, Held, Measure, Merge, Predict, Turn
+from zsplit.wire.messages import Evaluate, Held, Job, Measure, Merge, Predict, Turn
 from zsplit_broker.books import RoundRecord
 from zsplit_broker.events import Damaged, Draining, Event, Joined, Lost, Missed, Planned, Started, Stopped
 from zsplit_broker.router import Router
@@ -91,10 +91,17 @@ class Bulletin:
         )
 
     def _current(self) -> int:
-        """Return the round that is worked on, from 1: in training, or else the first that is not over."""
-        scheduler = self.scheduler
-        first = min(len(scheduler.history) + 1, scheduler.config.run.rounds)
-        return scheduler.round + 1 if scheduler.phase in ("training", "merging") else max(scheduler.round, first)
+        """Return the round that is worked on, from 1: in training, or else the first that is not over, or the last."""
+        scheduler, rounds = self.scheduler, self.scheduler.config.run.rounds
+        match scheduler.phase:
+            case "training" | "merging":
+                return scheduler.round + 1
+            case "testing":
+                return scheduler.round
+            case "serving":
+                return rounds
+            case _:
+                return max(scheduler.round, min(len(scheduler.history) + 1, rounds))
 
     def _state(self) -> str:
         outcome = self.scheduler.outcome
@@ -217,6 +224,16 @@ class Bulletin:
             seconds=now,
         )
 
+    def _round_of(self, job: Job | None) -> int:
+        """Return the round of a client's job, from 1; the test is of the last one."""
+        match job:
+            case Turn(round=round_) | Evaluate(round=round_, part="validation"):
+                return round_ + 1
+            case Evaluate(round=round_):
+                return round_
+            case _:
+                return len(self.scheduler.history)
+
     def _client(self, session: Session, now: float) -> ClientEvent:
         held = next((h for h in (session.beat.held if session.beat else ()) if h.state != "done"), None)
         job = self._job(held)
@@ -227,7 +244,7 @@ class Bulletin:
         return ClientEvent(
             index=session.index,
             state=self._peer_state(session, job),
-            round=job.round + 1 if isinstance(job, Turn | Evaluate) else len(self.scheduler.history),
+            round=self._round_of(job),
             step=session.steps[0],
             steps=session.steps[1],
             loss=losses[-1] if losses else None,

@@ -33,6 +33,9 @@ from zsplit_broker.scheduler import Scheduler
 from zsplit_broker.session import Session
 from zsplit_broker.work import Peer, client_of
 
+NEWCOMERS = 16
+"""How many processes at once can wait for an answer because they ask for one index; of more the first ask again."""
+
 
 class Outgoing(NamedTuple):
     """A control message to send, to a routing id of the control socket."""
@@ -156,6 +159,8 @@ class Router:
         if instance not in there.challenged:
             probe = self.orders(there)
             there.challenged[instance] = probe.revision
+            if len(there.challenged) > NEWCOMERS:
+                del there.challenged[next(iter(there.challenged))]
             yield Outgoing(there.control, probe)
         elif self._has_proved_alive(there, instance):
             del there.challenged[instance]
@@ -163,12 +168,15 @@ class Router:
             yield Outgoing(newcomer, Refused(sentence=sentence, code=1))
 
     def _index_of(self, hello: Hello) -> int | None:
-        """Return the index of a process that left it to us: the one it has, else the lowest that is free."""
+        """Return the index of a process that left it to us: the one it has, else the lowest that is free.
+
+        A newcomer takes the place of one that cannot be reached, a process that slept takes nobody's.
+        """
         for session in self.sessions.values():
             if session.instance == hello.instance:
                 return session.index
         dead = [s.index for s in self.sessions.values() if s.role == hello.role and not s.reachable]
-        if dead:
+        if dead and hello.index < 0:
             return min(dead)
         taken = {index for role, index in (*self._by_peer, *self.scheduler.peers) if role == hello.role}
         bounded = hello.role == "client" and not self.config.schedule.elastic

@@ -128,7 +128,7 @@ class Board:
         """Return the share of the run's rounds that is done, the steps of the current one included."""
         if self.run is None or self.run.rounds < 1:
             return 0.0
-        if self.run.state == "finished":
+        if self.run.state in ("finished", "serving"):
             return 1.0
         parts = [part for number, part in self._parts.values() if number == self.run.current]
         done = max(0, self.run.current - 1) + sum(parts) / max(1, self.run.clients, len(parts))
@@ -168,7 +168,7 @@ class Board:
         self.clients[event.index] = event
         for loss in event.losses:
             self.curve.add(loss)
-        if event.steps > 0:
+        if event.state == "training" and event.steps > 0:
             number, part = self._parts.get(event.index, (0, 0.0))
             share = min(1.0, event.step / event.steps)
             self._parts[event.index] = (event.round, max(part, share) if number == event.round else share)

@@ -21,7 +21,7 @@ class Event(msgspec.Struct, frozen=True, kw_only=True, tag_field="topic"):
 
 class RunEvent(Event, frozen=True, kw_only=True, tag="run"):
     """The run as a whole; `round` counts the rounds that are done, stored and evaluated. `current` is the one that is
-    worked on, from 1, which may be beside the storing of the one before.
+    worked on, from 1: the one before may still be stored or evaluated.
 
     State: `waiting`, `measuring`, `planning`, `storing`, `training`, `evaluating`, `finished` or `failed`; `serving`
     where a finished run is asked. `cut` is `auto` before there is a plan, and names every place where clients differ.

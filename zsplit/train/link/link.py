@@ -55,7 +55,6 @@ class Link:
     `clock` is the broker's clock, `spans` keeps what is done when for the run's timeline.
     """
 
-    welcome: Welcome
     clock: Clock
     spans: Recorder
 
@@ -81,8 +80,13 @@ class Link:
             self._thread.join()
             raise answer
         self._session = answer
-        self.welcome, self.clock, self.spans = answer.welcome, answer.clock, answer.spans
+        self.clock, self.spans = answer.clock, answer.spans
         return self.welcome
+
+    @property
+    def welcome(self) -> Welcome:
+        """The broker's latest: after an absence a server may have another index."""
+        return self._session.welcome
 
     def next(self, timeout: float | None = None) -> Orders | Incoming | Fetched | Leave | None:
         """Return the next event, or None after `timeout` seconds (0: where there is none). Raises what ended the link.
