@@ -3,12 +3,12 @@
 A broker, a server and two clients train as always, each with a stopwatch around what is there for recovery only:
 
     journal    appending lines and waiting until the disk has them; the broker's loop waits for it
-    moving     asking for a version and taking it in at the broker's loop, and sending it at the server's
-    storing    writing, checking and syncing a version: the broker's writer thread does it beside the next round
+    moving     taking a version in at the broker's loop and giving it out at the server's, without the sockets' own work
+    storing    writing, checking and syncing a version, and deleting one before it, on the broker's writer thread
     kept       knowing repeats, and keeping what is not answered, at the server and at the clients
 
-Storing is that of the versions that were stored beside a round: neither the first, before which there is none, nor the
-last, after which there is none.
+Moving and storing are those of the versions that were stored beside a round: neither the first, before which there is
+none, nor the last, after which there is none.
 """
 
 import json
@@ -69,11 +69,12 @@ def broker(report: Connection, keys: dict[str, object], out: str, result: str) -
     from zsplit_broker.depot import Depot
     from zsplit_broker.journal import Journal
     from zsplit_broker.process import run_broker
-    from zsplit_broker.versions import Draft
+    from zsplit_broker.versions import Draft, Versions
 
     watch = Stopwatch()
     watch.hang_on("journal", Journal, "append")
     watch.hang_on(STORING, Draft, "write", "commit", on=lambda draft, *_: draft.manifest.digest)
+    watch.hang_on(STORING, Versions, "delete", on=lambda _, digest: digest)
     watch.hang_on(f"{MOVING} (broker)", Depot, "take", on=lambda _, chunk, __: chunk.digest)
     run_broker(load_config(None, keys), out, lambda sockets, _: report.send(f"127.0.0.1:{sockets.port}"), False)
     Path(result).write_text(json.dumps(watch.seconds))
@@ -144,7 +145,7 @@ def measure(task: Task, policy: str, rounds: int) -> Cost:
 @click.option("--policy", type=click.Choice(["round_robin", "parallel"]), default="round_robin", show_default=True)
 @click.option("--steps", default=30, show_default=True, help="Steps of a client in a round.")
 @click.option("--batch", default=32, show_default=True)
-@click.option("--rounds", default=6, type=click.IntRange(min=2), show_default=True)
+@click.option("--rounds", default=6, type=click.IntRange(min=3), show_default=True)
 @json_option
 def main(model: str, policy: str, steps: int, batch: int, rounds: int, file: Path | None) -> None:
     """Train, and say what share of the time went into being able to go on after a crash."""
