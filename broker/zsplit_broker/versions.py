@@ -21,7 +21,7 @@ from blake3 import blake3
 from zsplit.errors import LocalProtocolError, RemoteProtocolError, StorageError
 from zsplit.wire.frames import CHUNK
 from zsplit.wire.manifest import METADATA, Manifest, hex_of
-from zsplit_broker.disk import PARTIAL, create_file, rename_file, storage_errors, sync_folder, write_all
+from zsplit_broker.disk import PARTIAL, begin_sync, create_file, rename_file, storage_errors, sync_folder, write_all
 
 SUFFIX = ".safetensors"
 
@@ -206,6 +206,7 @@ class Draft:
         _check_span(self.manifest, offset, len(data))
         with self._errors():
             write_all(self._file(), data, len(self._head) + offset)
+            begin_sync(self._file())
         self._check.take(offset, data)
 
     def commit(self) -> None:
