@@ -211,7 +211,9 @@ class Mischief(RuleBasedStateMachine):
         role, index = self.play.peers[number % len(self.play.peers)]
         before = self.play.scheduler.outcome
         self.tell(Lost(role, index, "it fell silent"))
-        assert self.play.scheduler.outcome == before
+        scheduler = self.play.scheduler
+        drained = Finish(False, scheduler.ended(scheduler.draining)) if scheduler.draining else before
+        assert scheduler.outcome in (before, drained)  # one that drains ends where its round is lost, not later
 
     @precondition(lambda self: self.play.scheduler.phase != "waiting")
     @rule(number=st.integers(0, 20), stop=st.booleans())
@@ -703,6 +705,18 @@ def test_a_round_whose_evaluation_is_late_holds_up_the_round_after_the_next() ->
     assert (play.scheduler.phase, play.scheduler.history) == ("validating", [])
     without_evaluations(play, {1})
     assert {turn.round for turn in turns_of(play)} == {0, 1, 2}
+
+
+def test_a_run_that_drains_ends_with_the_version_before_where_that_of_its_round_is_lost() -> None:
+    play = Play(config_of(run__rounds=1, schedule__clients=1)).begin()
+    while not play.scheduler.unsettled:
+        play.go_on(events=1)
+    (first,) = play.scheduler.stored
+    play.tell(Draining("SIGTERM"))
+    assert play.scheduler.outcome is None
+    play.tell(Lost("server", 0, "killed"))
+    assert play.scheduler.stored == [first]
+    assert play.scheduler.outcome == Finish(False, play.scheduler.ended("SIGTERM"))
 
 
 def test_rounds_are_announced_in_order_whichever_evaluation_ends_first() -> None:
