@@ -101,8 +101,8 @@ class Router:
 
     def _admit(self, control: bytes, hello: Hello, now: float) -> Iterator[Outgoing | Lost]:
         if hello.index < 0:
-            others = [s for s in self.silent(now, 1.2) if (s.role, s.instance) != (hello.role, hello.instance)]
-            quiet = [session for session in others if session.role == hello.role and session.reachable]
+            silent = [s for s in self.silent(now, 1.2) if s.role == hello.role and s.instance != hello.instance]
+            quiet = [session for session in silent if session.reachable]
             yield from (Outgoing(session.control, self.orders(session)) for session in quiet)
             if quiet:
                 return  # it asks again, and may have the index of one that cannot be reached
