@@ -46,7 +46,7 @@ class Sender(NamedTuple):
     def header(self, leg: int, size: int) -> bytes:
         """Return the header of one tensor of `size` bytes: smashed data on leg 0, gradients on leg 1."""
         meta = TensorMeta("gradients" if leg else "smashed", "U8", (size,), "raw", size)
-        return encode(Tensors(self.run, self.session, self.lease, "train", 0, 0, leg, (meta,)))
+        return encode(Tensors(self.run, self.session, self.lease, "train", leg, (meta,), 0, 0))
 
 
 class Peer:

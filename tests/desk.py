@@ -22,6 +22,7 @@ from zsplit.wire.messages import (
     Role,
     TensorMeta,
     Tensors,
+    Turn,
     Welcome,
 )
 from zsplit_broker.events import Close, Decide, Entry, Event, Lost, Started, Store, Stored
@@ -32,7 +33,7 @@ from zsplit_broker.scheduler import Scheduler
 SMASHED = TensorMeta("smashed", "F32", (2, 3), "raw", 24)
 LABELS = TensorMeta("labels", "I64", (2,), "raw", 16)
 
-RUN = "run"
+RUN = "run 0001"
 
 
 class Member:
@@ -55,7 +56,7 @@ class Desk:
         self.shards = shards or [Prepared(cut="relu", train=64, validation=4, test=4)] * self.config.schedule.clients
         self.now = 0.0
         self.scheduler = Scheduler(self.config)
-        tokens = (f"token {n}" for n in count())
+        tokens = (f"token {n:010}" for n in count())
         self.router = Router(self.config, self.scheduler, RUN, (5758, 5759), lambda: next(tokens))
         self.log: list[Event] = []
         self.stores: list[str] = []
@@ -169,3 +170,24 @@ class Desk:
             self.take(news)
             lost += news
         return lost
+
+
+class Stage(Desk):
+    """Two clients with a turn each, at a server of their own, and both servers ready."""
+
+    def __init__(self, ready: bool = True, **keys: object) -> None:
+        super().__init__(**{"schedule__clients": 2, "schedule__policy": "parallel"} | keys)
+        self.servers = [self.join("server"), self.join("server", instance="other")]
+        self.clients = [self.join("client", 0), self.join("client", 1)]
+        self.done(self.servers[0], self.job(self.servers[0]))
+        self.stored()
+        self.turns: list[Turn] = [self.job(server) for server in self.servers]
+        assert [(turn.client, turn.server) for turn in self.turns] == [(0, 0), (1, 1)]
+        if ready:
+            for server, turn in zip(self.servers, self.turns, strict=True):
+                self.beat(server, Held(lease=turn.lease, state="ready"))
+
+    def end_turns(self) -> None:
+        for peers in (self.clients, self.servers):
+            for peer, turn in zip(peers, self.turns, strict=True):
+                self.done(peer, turn)

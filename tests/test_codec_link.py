@@ -38,7 +38,7 @@ class End:
         self.sizes: list[int] = []
 
     def give(self, leg: int, *tensors: Tagged, step: int = 0, micro: int = 0, kind: messages.Kind = "train") -> None:
-        self.exchange.send(Tensors("r", "s", LEASE, kind, step, micro, leg, ()), tensors)
+        self.exchange.send(Tensors("r", "s", LEASE, kind, leg, (), step, micro), tensors)
 
     def pass_on(self) -> None:
         """Put the next message that is ready on the wire."""
@@ -244,6 +244,6 @@ def test_bytes_of_gradients_at_the_kept_places_are_those_of_the_formula(way: Way
 def test_a_header_that_no_codec_could_have_written_is_refused(
     meta: tuple[str, tuple[int, ...], str, int], sentence: str
 ) -> None:
-    message = Tensors("r", "s", LEASE, "train", 0, 0, 0, (messages.TensorMeta("smashed", *meta),))
+    message = Tensors("r", "s", LEASE, "train", 0, (messages.TensorMeta("smashed", *meta),), 0, 0)
     with pytest.raises(RemoteProtocolError, match=sentence):
         frames.check_frames(message, [meta[3]], 2**30)

@@ -133,7 +133,7 @@ def test_fields_that_a_later_version_may_add_are_ignored(waiting: Waiting) -> No
 def test_tensors_of_one_that_was_given_up_are_answered_without_them(waiting: Waiting) -> None:
     welcome = answer(waiting.address, hello(protocol=PROTOCOL, role="monitor"))
     smashed = TensorMeta("smashed", "F32", (2, 3), "raw", 24)
-    stale = Tensors(welcome.run, "of before", Lease(1, 1), "train", 0, 0, 0, (smashed,))
+    stale = Tensors(welcome.run, "of before", Lease(1, 1), "train", 0, (smashed,), 0, 0)
     with zmq.Context() as context, context.socket(zmq.DEALER) as data:
         data.linger = 0
         data.connect(f"tcp://{waiting.address.rpartition(':')[0]}:{welcome.data_port}")

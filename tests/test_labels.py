@@ -297,7 +297,7 @@ EVALUATE = Evaluate(
 
 
 def incoming(**tensors: Tensor) -> Incoming:
-    return Incoming(Tensors("run", "session", Lease(1, 1), "train", 0, 0, 0, ()), tensors, 0.0)
+    return Incoming(Tensors("run", "session", Lease(1, 1), "train", 0, (), 0, 0), tensors, 0.0)
 
 
 def test_labels_are_looked_up_in_the_set_that_the_job_is_about() -> None:

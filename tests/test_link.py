@@ -19,7 +19,7 @@ def tensors_of(values: torch.Tensor, left: float | None = None, micro: int = 0) 
     """Return what a server sends: gradients that left at a time of the broker's clock."""
     meta, frame = encode_tensor("gradients", values)
     scalars = {} if left is None else {"left": left}
-    return Tensors("r", "s", LEASE, "train", 0, micro, 1, (meta,), scalars), bytes(frame)
+    return Tensors("r", "s", LEASE, "train", 1, (meta,), 0, micro, scalars), bytes(frame)
 
 
 def ask(link: Link, broker: Broker, step: int = 0, micro: int = 0, leg: int = 0) -> Tensors:
@@ -91,7 +91,7 @@ def test_a_tensor_that_cannot_be_decoded_ends_the_link_with_a_sentence(joined: J
     link, broker = joined()
     meta = messages.TensorMeta("gradients", "F32", (1,), "unheard of", 3)
     ask(link, broker)
-    broker.pass_on(Tensors("r", "s", LEASE, "train", 0, 0, 1, (meta,)), b"abc")
+    broker.pass_on(Tensors("r", "s", LEASE, "train", 1, (meta,), 0, 0), b"abc")
     with pytest.raises(RemoteProtocolError, match="unheard of"):
         link.next(10)
 

@@ -33,7 +33,7 @@ def came(broker: Broker, number: int) -> list[tuple[int, int]]:
 
 def answer(broker: Broker, step: int, micro: int) -> None:
     meta, frame = encode_tensor("gradients", torch.ones(3))
-    broker.pass_on(Tensors(broker.run, broker.session, LEASE, "train", step, micro, 1, (meta,)), bytes(frame))
+    broker.pass_on(Tensors(broker.run, broker.session, LEASE, "train", 1, (meta,), step, micro), bytes(frame))
 
 
 def taken(link: Link) -> tuple[int, int]:
@@ -118,7 +118,7 @@ def test_answers_that_come_again_or_too_early_do_not_reach_the_trainer(joined: J
 def test_a_server_answers_a_repeat_with_what_it_answered_before(joined: Joined) -> None:
     link, broker = joined("server")
     meta, frame = encode_tensor("smashed", torch.ones(3))
-    question = Tensors("r", "s", LEASE, "train", 0, 0, 0, (meta,), {"micros": 1.0})
+    question = Tensors("r", "s", LEASE, "train", 0, (meta,), 0, 0, {"micros": 1.0})
     broker.pass_on(question, bytes(frame))
     assert taken(link) == (0, 0)
     broker.pass_on(question, bytes(frame))  # while it is computed

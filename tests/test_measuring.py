@@ -40,7 +40,7 @@ def test_the_bytes_of_a_probe_do_not_pass_for_samples(
     monkeypatch: pytest.MonkeyPatch, kind: Kind, samples: int
 ) -> None:
     meta = TensorMeta("other", "U8", (32,), "raw", 32)
-    message = Tensors("run", "session", LEASE, kind, 0, 0, 0, (meta,))
+    message = Tensors("run", "session", LEASE, kind, 0, (meta,), 0, 0)
     link = Mock()
     link.next.side_effect = [
         Incoming(message, {}, 0.0),

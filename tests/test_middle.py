@@ -33,7 +33,7 @@ def middle(joined: Joined) -> MiddleTraining:
 def come(leg: int, step: int, micro: int, **tensors: Tensor) -> Incoming:
     """Return what a client sends: smashed data or gradients, or what is given."""
     tensors = tensors or ({"gradients": MADE} if leg == 2 else {"smashed": SMASHED})
-    message = Tensors("r", "s", LEASE, "train", step, micro, leg, (), {"batch": 6.0, "micros": 2.0})
+    message = Tensors("r", "s", LEASE, "train", leg, (), step, micro, {"batch": 6.0, "micros": 2.0})
     return Incoming(message, tensors, 0.0)
 
 

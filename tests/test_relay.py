@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from zsplit.config import Config
+from zsplit.wire.frames import encode
 from zsplit.wire.messages import (
     PROTOCOL,
     Attach,
@@ -29,13 +30,17 @@ from zsplit.wire.messages import (
     What,
 )
 from zsplit_broker.events import Close, Joined
-from zsplit_broker.relay import Exchange, Relay, Route
+from zsplit_broker.relay import Relay, Route
 from zsplit_broker.session import Session
+from zsplit_broker.traffic import Exchange
 from zsplit_broker.work import Peer, client_of
 
-RUN = "run"
+RUN = "run 0001"
 
 KINDS: dict[type, Kind] = {Turn: "train", Evaluate: "eval", Measure: "probe"}
+
+CHANGES = ["", "run", "kind", "leg", "tensors", "session", "connection", "sender"]
+"""What may differ from a message that passed; a `sender` has its own session and connection."""
 
 CONNECTIONS = 10
 
@@ -107,7 +112,7 @@ class Traffic(RuleBasedStateMachine):
         self.tokens += 1
         role: Role = "client" if peer[0] == "client" else "server"
         hello = Hello(protocol=PROTOCOL, role=role, instance="a", index=peer[1])
-        session = Session(f"token {self.tokens}", hello, peer[1], b"", 0.0)
+        session = Session(f"token {self.tokens:010}", hello, peer[1], b"", 0.0)
         self.sessions[session.token] = self.by_peer[peer] = session
 
     def peer(self, number: int) -> Peer:
@@ -203,21 +208,23 @@ class Traffic(RuleBasedStateMachine):
         self.send(connection, tensors_of(run, token, leases[which % len(leases)], kind, tensors, leg), extra)
 
     @precondition(lambda self: self.sent)
-    @rule(back=st.integers(1, 4), change=st.sampled_from(["", "run", "kind", "session", "sender", "leg"]), number=some)
+    @rule(back=st.integers(1, 4), change=st.sampled_from(CHANGES), number=some)
     def send_again(self, back: int, change: str, number: int) -> None:
         """Send what passed a while ago, when the relay knew the way, or the like of it."""
         connection, message = self.sent[-min(back, len(self.sent))]
         peer = self.peer(number)
-        likes: dict[str, str | int] = {}
+        likes: dict[str, str | int | tuple[TensorMeta, ...]] = {}
         if change == "run":
             likes["run"] = "another"
         elif change == "kind" and isinstance(message, Tensors):
             likes["kind"] = [*KINDS.values()][number % 3]
         elif change == "leg" and isinstance(message, Tensors):
             likes["leg"] = number % 5
+        elif change == "tensors" and isinstance(message, Tensors):
+            likes["tensors"] = tuple(msgspec.structs.replace(meta, what="labels") for meta in message.tensors)
         elif change in ("session", "sender"):
             likes["session"] = self.by_peer[peer].token
-        if change == "sender":
+        if change in ("connection", "sender"):
             connection = self.connected.get(peer, connection)
         self.send(connection, msgspec.structs.replace(message, **likes), number)
 
@@ -227,15 +234,19 @@ class Traffic(RuleBasedStateMachine):
             self.send(connection, message, 0)
 
     def send(self, connection: bytes, message: Tensors | Step, extra: int) -> None:
-        """Send a message with a header of `extra` bytes; it passes if it may, and counts if it passes."""
-        size = extra + (sum(meta.nbytes for meta in message.tensors) if isinstance(message, Tensors) else 0)
+        """Send a message, `extra` being what a lane does not look at; it passes if it may, and then it counts."""
+        if isinstance(message, Tensors):
+            message = msgspec.structs.replace(message, scalars={"left": float(extra)} if extra else {})
+        header = encode(message)
         frames = [bytes(meta.nbytes) for meta in message.tensors] if isinstance(message, Tensors) else []
-        assert self.relay.lane(connection, message, [*frames, b""]) is None, "frames that the header does not declare"
-        lane = self.relay.lane(connection, message, frames)
+        size = len(header) + sum(map(len, frames))
+        assert self.relay.lane(connection, header, [*frames, b""]) is None, "frames that the header does not declare"
+        lane = self.relay.lane(connection, header, frames)
         if lane is None:
             route = self.relay.route(connection, message, size)
         else:
-            lane.count(message, size)
+            assert lane.size(header) == size
+            lane.take(header)
             route = Route(lane.to)
         sender = next((peer for peer, c in self.connected.items() if c == connection), None)
         if sender is None:
@@ -305,10 +316,9 @@ def test_who_is_to_send_next_is_seen_from_the_keys_and_repeats_change_nothing() 
     exchange = Exchange()
 
     def sent(step: int, micro: int, leg: int = 0) -> tuple[bool, bool]:
-        scalars = {"micros": 3.0} if leg == 0 else {}
-        message = Tensors(RUN, "t", Lease(1, 1), "train", step, micro, leg, (), scalars)
+        micros = 3.0 if leg == 0 else None
         for _ in range(2):
-            exchange.note(message, leg % 2)
+            exchange.note(step, micro, leg, micros)
         return exchange.asks_server, exchange.is_held_up(window=2)
 
     assert (exchange.asks_server, exchange.is_held_up(2)) == (False, False), "nothing was sent yet"
@@ -325,7 +335,7 @@ def test_who_is_to_send_next_is_seen_from_the_keys_and_repeats_change_nothing() 
 
 
 def tensors_of(run: str, token: str, lease: Lease, kind: Kind, tensors: tuple[TensorMeta, ...], leg: int) -> Tensors:
-    return Tensors(run, token, lease, kind, 0, 0, leg, tensors)
+    return Tensors(run, token, lease, kind, leg, tensors, 0, 0)
 
 
 def kinds_of(message: Tensors, size: int) -> Counter[str]:

@@ -40,7 +40,7 @@ def tensors(
     step: int, micro: int = 0, leg: int = 0, micros: int = 1, kind: Kind = "train", norms: bool = False
 ) -> Tensors:
     scalars = {"micros": float(micros)} if kind == "train" and leg == 0 else {}
-    return Tensors("", "", LEASE, kind, step, micro, leg, NORMS if norms else (), scalars)
+    return Tensors("", "", LEASE, kind, leg, NORMS if norms else (), step, micro, scalars)
 
 
 def stop(step: int) -> Step:

@@ -112,7 +112,7 @@ class Local:
     ) -> None:
         self.broker.passed()
         metas = tuple(TensorMeta(what, "F32", tuple(tensor.shape), "raw", 0) for what, tensor, _ in tensors)
-        message = Tensors("", "", lease, kind, step, micro, leg, metas, scalars)
+        message = Tensors("", "", lease, kind, leg, metas, step, micro, scalars)
         self._pass_on(Incoming(message, {what: tensor.detach().clone() for what, tensor, _ in tensors}, 0.0))
 
     def send_step(self, lease: Lease, step: int, scale: float) -> None:

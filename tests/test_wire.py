@@ -22,8 +22,10 @@ from zsplit.wire.frames import (
     check_frames,
     decode_control,
     decode_data,
+    decode_tail,
     elements,
     encode,
+    head_of,
     protocol_of,
 )
 from zsplit.wire.messages import (
@@ -61,7 +63,7 @@ nested = st.recursive(
 
 
 def tensors(*metas: TensorMeta) -> Tensors:
-    return Tensors("run", "token", LEASE, "train", 3, 0, 0, metas, {})
+    return Tensors("run", "token", LEASE, "train", 0, metas, 3, 0, {})
 
 
 def decoded_or_refused(decode: Decoder, data: bytes) -> Any:
@@ -87,9 +89,28 @@ def test_a_data_header_comes_back_as_it_was(message: DataMessage) -> None:
     assert decode_data(encode(message)) == message
 
 
+@unhurried
+@given(anything(Tensors), st.integers(0, 2**32), st.integers(0, 2**32))
+def test_a_header_is_its_head_and_its_tail(message: Tensors, step: int, micro: int) -> None:
+    header, head = encode(message), head_of(message)
+    assert header.startswith(head)
+    assert decode_tail(header[len(head) :]) == (message.step, message.micro, message.scalars)
+    assert head_of(msgspec.structs.replace(message, step=step, micro=micro, scalars={"loss": 0.5})) == head
+    assert head_of(msgspec.structs.replace(message, leg=9 - message.leg % 9)) != head
+
+
+@unhurried
+@given(damaged(st.just(b"\x05\x00\x81\xa4loss\xcb\x00\x00\x00\x00\x00\x00\x00\x00")) | st.binary(max_size=20))
+def test_a_tail_is_read_where_the_whole_header_is(tail: bytes) -> None:
+    message = tensors(F32)
+    whole = decoded_or_refused(decode_data, head_of(message) + tail)
+    read = decoded_or_refused(decode_tail, tail)
+    assert (whole and repr((whole.step, whole.micro, whole.scalars))) == (read and repr(read))
+
+
 @pytest.mark.parametrize("loss", [math.nan, math.inf, -math.inf])
 def test_a_loss_that_is_no_number_reaches_the_other_side(loss: float) -> None:
-    message = Tensors("run", "token", LEASE, "train", 3, 0, 1, (), {"loss": loss})
+    message = Tensors("run", "token", LEASE, "train", 1, (), 3, 0, {"loss": loss})
     received = decode_data(encode(message))
     assert isinstance(received, Tensors)
     assert repr(received.scalars["loss"]) == repr(loss)

@@ -97,6 +97,11 @@ def arm(environment: Mapping[str, str] = os.environ) -> None:
     _trap = trap_of(environment)
 
 
+def trap(name: str) -> Trap | None:
+    """Return what is set at a place that is passed very often, if anything is."""
+    return _trap if _trap is not None and _trap.name == name else None
+
+
 def at(name: str) -> None:
     """Pass a place."""
     if _trap is not None and _trap.name == name:

@@ -11,7 +11,6 @@ from threading import Semaphore, Thread
 
 import zmq
 
-from zsplit.wire.frames import MAX_FRAMES
 from zsplit_broker.sockets import Socket
 
 LAST = 0
@@ -21,24 +20,15 @@ FIRST = int(zmq.SNDMORE | zmq.NOBLOCK)
 
 
 class Port:
-    """Receives and sends data messages: ids and headers are copied, tensors only referred to."""
+    """Receives parts of data messages and sends whole ones: ids and headers are copied, tensors only referred to.
+
+    `receive` waits for a part; it takes flags, and whether to copy it.
+    """
 
     def __init__(self, data: Socket) -> None:
-        self._receive = data.recv
+        self.receive = data.recv
         # The C class's own method: the Python one above it, for options of draft sockets, doubles the time.
         self._send = super(zmq.Socket, data).send
-
-    def receive(self) -> tuple[bytes, bytes, list[zmq.Frame]]:
-        """Wait for a message; return its sender, its header and its frames, the first `MAX_FRAMES` of them."""
-        receive = self._receive
-        sender = receive()
-        frame = header = receive(0, False)  # a frame says whether more follow at a tenth of what the socket takes
-        frames: list[zmq.Frame] = []
-        while frame.more:
-            frame = receive(0, False)
-            if len(frames) < MAX_FRAMES:
-                frames.append(frame)
-        return sender, header.bytes, frames
 
     def send(self, to: bytes, header: bytes, frames: list[zmq.Frame]) -> bool:
         """Send a message. Return false where its receiver is gone, or takes nothing more."""

@@ -1,12 +1,11 @@
-"""What may pass on the data connection, and where it goes: attaching, relay rules, pulls, and a count of all that."""
+"""What may pass on the data connection, and where it goes: attaching, relay rules, pulls."""
 
-from collections import defaultdict
 from collections.abc import Iterator, Sequence, Sized
 from typing import NamedTuple
 
 import msgspec
 
-from zsplit.wire.frames import LARGEST, raw_size
+from zsplit.wire.frames import MAX_HEADER
 from zsplit.wire.messages import (
     Attach,
     Attached,
@@ -24,12 +23,12 @@ from zsplit.wire.messages import (
     Resend,
     Role,
     Step,
-    TensorMeta,
     Tensors,
     Turn,
 )
 from zsplit_broker.scheduler import Scheduler
 from zsplit_broker.session import Session
+from zsplit_broker.traffic import DOWN, UP, Lane, Traffic
 from zsplit_broker.work import Peer, client_of, peer_of, refs_of
 
 BROKER = b""
@@ -46,101 +45,11 @@ class Route(NamedTuple):
 KINDS: dict[type[Job], Kind] = {Turn: "train", Evaluate: "eval", Predict: "predict", Measure: "probe"}
 """The kind of tensors that pass under a job."""
 
-UP, DOWN = 0, 1
-"""Ways as seen from the client, and where they are counted."""
+KEY = 39
+"""Bytes of a header by which lanes are looked up: run, session and lease are in them, and no head is shorter."""
 
-
-class Exchange:
-    """Who is to send next under a lease, by the tensors of its latest step. Those that come again change nothing."""
-
-    def __init__(self) -> None:
-        self._step = -1
-        self._micros = 1.0
-        self._asked: set[tuple[int, int]] = set()
-        self._answered: set[tuple[int, int]] = set()
-
-    def note(self, message: Tensors, way: int) -> None:
-        """Take in what passed, one way or the other."""
-        if message.step < self._step:
-            return
-        if message.step > self._step:
-            self._step = message.step
-            self._asked, self._answered = set(), set()
-        if way == UP:
-            self._asked.add((message.micro, message.leg))
-            self._micros = message.scalars.get("micros", self._micros)
-        else:
-            self._answered.add((message.micro, message.leg - 1))
-
-    @property
-    def asks_server(self) -> bool:
-        """Whether the server has tensors that it did not answer."""
-        return not self._asked <= self._answered
-
-    def is_held_up(self, window: int) -> bool:
-        """Whether the client can send no more before an answer comes: its window is full, or its step has all."""
-        open_ = len(self._asked - self._answered)
-        return open_ >= window or (open_ > 0 and sum(leg == 0 for _, leg in self._asked) >= self._micros)
-
-
-class Traffic:
-    """What was relayed under a lease: bytes by kind, up and down, and whose turn it is to send.
-
-    `raw` is what the bytes would have been without codecs. `at_work` are those of the `seconds` in which the client was
-    to send, and not held up by its server.
-    """
-
-    def __init__(self) -> None:
-        self.bytes: defaultdict[str, list[int]] = defaultdict(lambda: [0, 0])
-        self.raw: defaultdict[str, list[int]] = defaultdict(lambda: [0, 0])
-        self.exchange = Exchange()
-        self.seconds = self.at_work = 0.0
-
-    def count(self, kind: str, way: int, size: int, raw: int) -> None:
-        """Count bytes of a kind."""
-        self.bytes[kind][way] += size
-        self.raw[kind][way] += raw
-
-
-class Lane:
-    """What was found out about one peer's tensors under one lease: where they go and where they count.
-
-    Tensors with the same `marks` (run, session, kind) on its `legs` take it until a connection, a session or a lease
-    ends; then the relay forgets all lanes.
-    """
-
-    def __init__(
-        self,
-        marks: tuple[str, str, Kind],
-        legs: range,
-        sender: Session,
-        receiver: Session,
-        to: bytes,
-        traffic: Traffic,
-    ) -> None:
-        self.marks = marks
-        self.legs = legs
-        self.to = to
-        self._sender = sender
-        self._receiver = receiver
-        self._traffic = traffic
-        self._column = UP if sender.role == "client" else DOWN
-
-    def count(self, message: DataMessage, size: int) -> None:
-        """Count a message of `size` bytes that took this lane."""
-        self._sender.up += size
-        self._receiver.down += size
-        if not isinstance(message, Tensors):
-            return
-        self._traffic.exchange.note(message, self._column)
-        count, column = self._traffic.count, self._column
-        if message.kind == "eval":
-            count("evaluation", column, size, size + sum(raw_of(meta) - meta.nbytes for meta in message.tensors))
-            return
-        for meta in message.tensors:
-            count(meta.what, column, meta.nbytes, raw_of(meta))
-            size -= meta.nbytes
-        count("headers", column, size, size)
+LANES = 8
+"""Lanes that are kept for what one peer sends under one lease: heads differ by leg, and by the tensors' sizes."""
 
 
 class Relay:
@@ -155,26 +64,20 @@ class Relay:
         self.by_peer = by_peer
         self.by_data: dict[bytes, Session] = {}
         self.traffic: dict[Lease, Traffic] = {}
-        self._lanes: dict[tuple[bytes, Lease], Lane] = {}
+        self._lanes: dict[bytes, list[Lane]] = {}
 
-    def lane(self, sender: bytes, message: DataMessage, frames: Sequence[Sized]) -> Lane | None:
+    def lane(self, sender: bytes, header: bytes, frames: Sequence[Sized]) -> Lane | None:
         """Return the lane that these tensors may take, or None where `check_sizes` and `route` have to find out.
 
-        Who sends a message on such a lane counts it there, best when it is on its way. All that a lone message waits
-        for is in this one function: its code and data have left the caches since the last one.
+        Nothing is decoded: tensors of the same head have passed before, and whoever gets these reads their tail. Who
+        sends them on has the lane count them.
         """
-        if not isinstance(message, Tensors):
+        if len(header) > MAX_HEADER:
             return None
-        lane = self._lanes.get((sender, message.lease))
-        if lane is None or lane.marks != (message.run, message.session, message.kind) or message.leg not in lane.legs:
-            return None
-        metas = message.tensors
-        if len(metas) != len(frames):
-            return None
-        for meta, frame in zip(metas, frames, strict=False):
-            if meta.nbytes != len(frame) or (meta.codec != "raw" and raw_size(meta) > LARGEST):
-                return None
-        return lane
+        for lane in self._lanes.get(header[:KEY], ()):
+            if lane.sender == sender and header.startswith(lane.head) and lane.sizes == list(map(len, frames)):
+                return lane
+        return None
 
     def route(self, sender: bytes, message: DataMessage, size: int) -> Route | None:
         """Return where a data message goes, or None where it may not pass (stale, or not its sender's).
@@ -232,29 +135,32 @@ class Relay:
         return [self.by_peer[peer] for peer in peers if peer in self.by_peer]
 
     def _relay(self, session: Session, message: Tensors | Step, size: int) -> Route | None:
-        lane = self._open_lane(session, message)
-        if lane is None:
+        to = self._other(session, message)
+        if to is None or to.data is None or session.data is None:
             return None
-        lane.count(message, size)
-        return Route(lane.to)
+        if isinstance(message, Step):
+            session.up += size
+            to.down += size
+        else:
+            lane = Lane(message, session.data, to.data, session, to, self._traffic(message.lease))
+            lane.count(message.step, message.micro, message.scalars, size)
+            alike = self._lanes.setdefault(lane.head[:KEY], [])
+            del alike[LANES - 1 :]
+            alike.insert(0, lane)
+        return Route(to.data)
 
-    def _open_lane(self, session: Session, message: Tensors | Step) -> Lane | None:
-        """Return the lane of what this peer sends under the lease, or None where the message may not pass."""
+    def _other(self, session: Session, message: Tensors | Step) -> Session | None:
+        """Return the other one of the two that have the lease, or None where the message may not pass."""
         work = self.scheduler.work.get(message.lease)
         if work is None or not work.ready or not isinstance(work.job, Turn | Evaluate | Predict | Measure):
             return None
         job = work.job
-        kind = KINDS[type(job)]
-        to = self.by_peer.get(("server", job.server) if session.role == "client" else ("client", job.client))
-        if to is None or to.data is None or session.data is None or not takes_part(session, job):
+        if not takes_part(session, job):
             return None
         legs = legs_of(job, session.role)
-        if isinstance(message, Tensors) and (message.kind != kind or message.leg not in legs):
+        if isinstance(message, Tensors) and (message.kind != KINDS[type(job)] or message.leg not in legs):
             return None
-        marks = self.run, session.token, kind
-        lane = Lane(marks, legs, session, to, to.data, self._traffic(message.lease))
-        self._lanes[session.data, message.lease] = lane
-        return lane
+        return self.by_peer.get(("server", job.server) if session.role == "client" else ("client", job.client))
 
     def _pull(self, sender: bytes, session: Session, message: Pull) -> Route | None:
         work = self.scheduler.work.get(message.lease)
@@ -348,11 +254,6 @@ class Relay:
         """Drop what was found out and counted for a lease that is over."""
         self.traffic.pop(lease, None)
         self._lanes.clear()
-
-
-def raw_of(meta: TensorMeta) -> int:
-    """Return the bytes that a tensor would have had without its codec."""
-    return meta.nbytes if meta.codec == "raw" else raw_size(meta)
 
 
 def legs_of(job: Job, role: Role) -> range:

@@ -35,9 +35,16 @@ UNDECODABLE = (msgspec.MsgspecError, RecursionError, UnicodeDecodeError, ValueEr
 
 NO_MESSAGE = "not a message of protocol 1"
 
+Tail = tuple[int, int, dict[str, float]]
+"""What differs in the headers of tensors of the like: step, micro and scalars."""
+
+TAIL, NO_TAIL = b"\x93", b"\x00\x00\x80"
+"""What makes a tail an array of three; and the tail of step 0, micro 0 and no scalars."""
+
 _encoder = msgspec.msgpack.Encoder()
 _control: msgspec.msgpack.Decoder[ControlMessage] = msgspec.msgpack.Decoder(ControlMessage)
 _data: msgspec.msgpack.Decoder[DataMessage] = msgspec.msgpack.Decoder(DataMessage)
+_tail: msgspec.msgpack.Decoder[Tail] = msgspec.msgpack.Decoder(Tail)
 
 
 class _Preamble(msgspec.Struct, tag_field="type", tag="hello"):
@@ -85,6 +92,19 @@ def decode_data(header: bytes) -> DataMessage:
         raise RemoteProtocolError(f"a data header of {len(header)} bytes is over the limit of {MAX_HEADER}")
     try:
         return _data.decode(header)
+    except UNDECODABLE as error:
+        raise RemoteProtocolError(f"{NO_MESSAGE}: {error}") from error
+
+
+def head_of(message: Tensors) -> bytes:
+    """Return the bytes with which the headers of all tensors of the like begin: all but step, micro and scalars."""
+    return encode(msgspec.structs.replace(message, step=0, micro=0, scalars={}))[: -len(NO_TAIL)]
+
+
+def decode_tail(tail: bytes) -> Tail:
+    """Return step, micro and scalars from a header's bytes after its head. Raises RemoteProtocolError for others."""
+    try:
+        return _tail.decode(TAIL + tail)
     except UNDECODABLE as error:
         raise RemoteProtocolError(f"{NO_MESSAGE}: {error}") from error
 

@@ -457,10 +457,10 @@ class Tensors(Data, frozen=True, tag="t"):
 
     lease: Lease
     kind: Kind
-    step: int
-    micro: int
     leg: int
     tensors: tuple[TensorMeta, ...]
+    step: int
+    micro: int
     scalars: dict[str, float] = {}
 
 

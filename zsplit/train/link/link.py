@@ -145,7 +145,7 @@ class Link:
 
         Their memory must stay as it is until they were answered. An error in encoding them comes with `next`.
         """
-        message = TensorsMessage(UNSTAMPED, UNSTAMPED, lease, kind, step, micro, leg, (), scalars)
+        message = TensorsMessage(UNSTAMPED, UNSTAMPED, lease, kind, leg, (), step, micro, scalars)
         self._session.exchange.send(message, tensors)
 
     def send_step(self, lease: Lease, step: int, scale: float) -> None:
