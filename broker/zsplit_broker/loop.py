@@ -19,11 +19,7 @@ from zsplit.config import Config
 from zsplit.errors import RemoteProtocolError, StorageError, ZsplitError
 from zsplit.wire import messages
 from zsplit.wire.events import AnyEvent, LogEvent
-from zsplit.wire.frames import (
-    decode_control,
-    encode,
-    protocol_of,
-)
+from zsplit.wire.frames import decode_control, encode, protocol_of
 from zsplit.wire.messages import (
     PROTOCOL,
     Beat,
@@ -62,6 +58,7 @@ from zsplit_broker.events import (
 )
 from zsplit_broker.journal import Journal
 from zsplit_broker.port import Bell, Port
+from zsplit_broker.processor import Processor
 from zsplit_broker.router import Router, refuse_protocol
 from zsplit_broker.scheduler import Scheduler
 from zsplit_broker.sockets import Sockets
@@ -128,6 +125,7 @@ class Broker:
             self.poller.register(source, zmq.POLLIN)
         descriptors = self.control.fileno(), self.events.fileno(), self.wake.fd
         self.bell = Bell(sockets.bell, descriptors, IDLE_SECONDS)
+        self.processor = Processor(sockets.threads)
         self.busy = True
         ports = sockets.port, sockets.data_port, sockets.events_port
         self.news: list[Event] = [Started(self.scheduler.epoch + 1, ports), *news]
@@ -182,6 +180,7 @@ class Broker:
 
     def close(self) -> None:
         """End the bell's and the writer's threads and let go of the versions; sockets and journal are their makers'."""
+        self.processor.leave()
         self.bell.close()
         if self.timeline is not None:
             self.timeline.finish()
@@ -231,6 +230,7 @@ class Broker:
         """Relay until something else is due, then do that."""
         self.bell.set(at_once=self.busy)
         self.switch.pass_on_until_the_bell()
+        self.processor.look(self.now())
         ready = dict(self.poller.poll(0))
         if self.control in ready:
             self._drain(self._control)

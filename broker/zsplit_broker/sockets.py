@@ -9,6 +9,7 @@ import zmq
 from zsplit.config import Config
 from zsplit.errors import ConfigError
 from zsplit.wire.frames import CHUNK, MAX_CONTROL
+from zsplit_broker.processor import threads
 
 Socket = zmq.Socket[bytes]
 
@@ -17,7 +18,7 @@ BELL = b"bell"
 
 
 class Sockets(NamedTuple):
-    """Bound sockets and their ports, and the bell, which is connected to the data socket."""
+    """Bound sockets and their ports, the bell, which is connected to the data socket, and ZeroMQ's threads."""
 
     control: Socket
     data: Socket
@@ -26,6 +27,7 @@ class Sockets(NamedTuple):
     port: int
     data_port: int
     events_port: int
+    threads: frozenset[int]
 
 
 @contextmanager
@@ -38,6 +40,7 @@ def bound(config: Config, before: tuple[int, int, int] = (0, 0, 0)) -> Iterator[
     host, port = config.broker.host, config.broker.port or before[0]
     data_port = config.broker.data_port or (config.broker.port and port + 1) or before[1]
     events_port = config.broker.events_port or (config.broker.port and port + 2) or before[2]
+    before_ours = threads()
     context: zmq.Context[Socket] = zmq.Context()
     try:
         control = _router(context, host, MAX_CONTROL)
@@ -53,6 +56,7 @@ def bound(config: Config, before: tuple[int, int, int] = (0, 0, 0)) -> Iterator[
             _bind(control, host, port, "broker.port"),
             _bind(data, host, data_port, "broker.data_port"),
             _bind(events, host, events_port, "broker.events_port"),
+            frozenset(threads() - before_ours),
         )
     finally:
         context.destroy(linger=1000)

@@ -1,0 +1,78 @@
+"""Which processor the relay runs on: ZeroMQ's, for as long as one is enough for both.
+
+A message passes two threads, ZeroMQ's, which reads and writes the sockets, and the relay's, and they take turns. Where
+each has a processor of its own, that sleeps when the other one's works, and each turn begins with an interrupt that
+wakes it: on a virtual machine this takes longer than all that is done with the message. Where they share one, a turn
+is a switch between threads.
+"""
+
+import contextlib
+import os
+import time
+from collections.abc import Callable, Collection
+from pathlib import Path
+from threading import get_native_id
+
+TASKS = Path("/proc/self/task")
+
+LOOK_SECONDS = 0.2
+"""How often the load is looked at."""
+
+ROOM, FULL = 0.75, 0.9
+"""The process's share of a processor below which the two threads are brought together, and above which parted."""
+
+TOGETHER_SECONDS = 5.0
+"""How long they stay on one processor before the system may choose anew: somebody else may have come to it."""
+
+
+def threads() -> set[int]:
+    """Return the ids of this process's threads; none where the system does not tell."""
+    return {int(task.name) for task in TASKS.iterdir()} if TASKS.is_dir() else set()
+
+
+class Processor:
+    """Where the calling thread and some `others` run. Threads that it starts while they share one stay there too."""
+
+    def __init__(self, others: Collection[int], used: Callable[[], float] = time.process_time) -> None:
+        self.shared = False
+        self._others, self._used = others, used
+        self._allowed = os.sched_getaffinity(0) if others and hasattr(os, "sched_getaffinity") else set[int]()
+        self._looked = self._since = 0.0
+        self._used_before = used()
+
+    def look(self, now: float) -> None:
+        """Bring the threads together or part them, as the load since the last time says. `now` is in seconds."""
+        if len(self._allowed) < 2 or now < self._looked + LOOK_SECONDS:
+            return
+        used = self._used()
+        load = (used - self._used_before) / (now - self._looked)
+        self._looked, self._used_before = now, used
+        if not self.shared and load < ROOM:
+            self._since = now
+            self._share(True)
+        elif self.shared and (load > FULL or now >= self._since + TOGETHER_SECONDS):
+            self._share(False)
+
+    def leave(self) -> None:
+        """Let the threads run anywhere again."""
+        if self.shared:
+            self._share(False)
+
+    def _share(self, shared: bool) -> None:
+        try:
+            self._run_on({last_processor(get_native_id())} if shared else self._allowed)
+            self.shared = shared
+        except OSError:  # a sandbox forbids it, or the processor was taken away: the system chooses from now on
+            allowed, self._allowed, self.shared = self._allowed, set(), False
+            with contextlib.suppress(OSError):
+                self._run_on(allowed)
+
+    def _run_on(self, processors: set[int]) -> None:
+        for thread in (0, *self._others):  # 0 is the calling one
+            os.sched_setaffinity(thread, processors)
+
+
+def last_processor(thread: int) -> int:
+    """Return the processor on which a thread of this process ran last. Raises OSError where there is no such thread."""
+    fields = (TASKS / str(thread) / "stat").read_text().rpartition(")")[2].split()
+    return int(fields[36])  # `processor`, the 39th of proc_pid_stat(5), of which two stand before the bracket
