@@ -3,27 +3,27 @@
     client ──▶ middle ──▶ echo       middle: the broker, a zmq.proxy (ROUTER to DEALER), or nothing (direct)
            ◀──        ◀──
 
-All three ways have the same client and echo code and the same frames: a header and one tensor, which comes back
-in equal size. The broker is the product's own process, and the two ends say hello to it, store version 0
-with it, and exchange tensors under the lease of a turn, as a client and a server do; only the model is missing.
+All three ways have the same client and echo code, each in processes of its own, and the same frames: a header
+and one tensor, which comes back in equal size. The broker is the product's own process, and the two ends say hello
+to it, store version 0 with it, and exchange tensors under the lease of a turn, as a client and a server do; only the
+model is missing.
 
 Every pair measures all three ways once, one after the other and in another order each time. A ratio is
-that of two figures of the same pair, the table shows its median over the pairs. CPU time is user and
+that of two figures of the same pair, the table shows its median over the pairs. All processes are started anew a few
+times, since where their memory lies moves a ratio by as much as a tenth, for as long as they live. CPU time is user and
 system time of the middle's process, all threads, for each message that it passed on (two a round trip).
 """
 
 import itertools
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
 
 import click
-import zmq
 from common import json_option, machine, with_goal, write
-from peers import Socket
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
@@ -42,6 +42,9 @@ CPU_GOALS = {100: 0.4, 64 * 1024: 0.85, 1024 * 1024: 0.9}
 """CPU time of `zmq.proxy` ÷ that of the broker to reach, by payload in bytes."""
 
 
+WAYS = broker_way, proxy_way, direct_way
+
+
 class Figures(NamedTuple):
     """Of one measurement: seconds for each round trip, CPU seconds of the middle for each message."""
 
@@ -49,20 +52,14 @@ class Figures(NamedTuple):
     cpu: float | None
 
 
-def exchange(data: Socket, header: bytes, payload: zmq.Frame, window: int, messages: int) -> float:
-    """Send so many messages and take the answers, `window` in flight; return wall seconds."""
-    began = time.perf_counter()
-    for number in range(messages + window):
-        if number >= window:
-            data.recv()
-            answer = data.recv(copy=False)
-        if number < messages:
-            data.send(header, zmq.SNDMORE)
-            data.send(payload, copy=False)
-    seconds = time.perf_counter() - began
-    if len(answer) != len(payload) or answer.more:
-        raise click.ClickException(f"the echo answered with {len(answer)} bytes instead of {len(payload)}")
-    return seconds
+Pair = dict[str, Figures]
+"""What was measured of each way, by its name, one after the other."""
+
+Order = tuple[int, ...]
+"""In which order the ways are measured, as places in `WAYS`."""
+
+Point = tuple[int, int]
+"""Bytes of a payload, and how many are in flight."""
 
 
 def cpu_seconds(process: int) -> float:
@@ -72,9 +69,8 @@ def cpu_seconds(process: int) -> float:
 
 def measure(way: Way, size: int, window: int, messages: int) -> Figures:
     """Exchange so many messages with payloads of `size` bytes over this way."""
-    header, payload = way.sender.header(leg=0, size=size), zmq.Frame(bytes(size))
     before = cpu_seconds(way.middle) if way.middle else 0.0
-    wall = exchange(way.data, header, payload, window, messages)
+    wall = way.exchange(size, window, messages)
     cpu = (cpu_seconds(way.middle) - before) / (2 * messages) if way.middle else None
     return Figures(wall / messages, cpu)
 
@@ -88,28 +84,29 @@ def count_for(ways: Sequence[Way], size: int, window: int, seconds: float) -> in
     return max(window, round(seconds / usual))
 
 
-def measure_point(ways: Sequence[Way], size: int, window: int, pairs: int, seconds: float) -> dict[str, Any]:
-    """Measure all ways in so many pairs; return medians and the medians of the pairs' ratios.
+def measure_pairs(ways: Sequence[Way], size: int, window: int, orders: Iterable[Order], seconds: float) -> list[Pair]:
+    """Measure all ways once in each of these orders."""
+    messages = count_for(ways, size, window, seconds)
+    return [{ways[way].name: measure(ways[way], size, window, messages) for way in order} for order in orders]
+
+
+def summarise(size: int, window: int, pairs: Sequence[Pair]) -> dict[str, Any]:
+    """Return medians and the medians of the pairs' ratios.
 
     Seconds are for each round trip, CPU seconds for each message; a ratio below 1 means that the broker is slower.
     """
-    messages = count_for(ways, size, window, seconds)
-    orders = itertools.islice(itertools.cycle(itertools.permutations(ways)), pairs)
-    taken = [{way.name: measure(way, size, window, messages) for way in order} for order in orders]
-    names = [way.name for way in ways]
     return {
         "size": size,
         "window": window,
-        "messages": messages,
-        "wall_seconds": {name: median(pair[name].wall for pair in taken) for name in names},
-        "cpu_seconds": {name: median(pair[name].cpu or 0.0 for pair in taken) for name in ("broker", "proxy")},
+        "wall_seconds": {name: median(pair[name].wall for pair in pairs) for name in pairs[0]},
+        "cpu_seconds": {name: median(pair[name].cpu or 0.0 for pair in pairs) for name in ("broker", "proxy")},
         "ratios": {
-            "wall_proxy": median(pair["proxy"].wall / pair["broker"].wall for pair in taken),
-            "wall_direct": median(pair["direct"].wall / pair["broker"].wall for pair in taken),
-            "cpu_proxy": median((pair["proxy"].cpu or 0.0) / (pair["broker"].cpu or 1.0) for pair in taken),
+            "wall_proxy": median(pair["proxy"].wall / pair["broker"].wall for pair in pairs),
+            "wall_direct": median(pair["direct"].wall / pair["broker"].wall for pair in pairs),
+            "cpu_proxy": median((pair["proxy"].cpu or 0.0) / (pair["broker"].cpu or 1.0) for pair in pairs),
         },
         "goals": {"wall_proxy": WALL_GOAL if size >= WALL_GOAL_FROM else None, "cpu_proxy": CPU_GOALS.get(size)},
-        "pairs": [{name: figures._asdict() for name, figures in pair.items()} for pair in taken],
+        "pairs": [{name: figures._asdict() for name, figures in pair.items()} for pair in pairs],
     }
 
 
@@ -157,21 +154,25 @@ def _sizes(_context: click.Context, _option: click.Parameter, text: str) -> list
 
 
 @click.command(context_settings={"show_default": True})
-@click.option("--pairs", default=9, type=click.IntRange(min=1), help="Measurements of each way at each point.")
+@click.option("--starts", default=3, type=click.IntRange(min=1), help="How often all processes are started anew.")
+@click.option(
+    "--pairs", default=5, type=click.IntRange(min=1), help="Measurements of each way at each point of a start."
+)
 @click.option("--sizes", default="100,4096,65536,1048576,4194304,16777216", callback=_sizes, help="Payloads, in bytes.")
 @click.option("--seconds-per-point", "seconds", default=0.5, help="What one measurement lasts.")
 @json_option
-def main(pairs: int, sizes: list[int], seconds: float, file: Path | None) -> None:
+def main(starts: int, pairs: int, sizes: list[int], seconds: float, file: Path | None) -> None:
     """Compare the broker's relay with zmq.proxy and with a direct connection."""
-    with ExitStack() as stack:
-        context = stack.enter_context(zmq.Context())
-        stack.callback(context.destroy, linger=0)
-        ways = [start(context, stack) for start in (broker_way, proxy_way, direct_way)]
-        points = [
-            measure_point(ways, size, window, pairs, seconds) for size, window in itertools.product(sizes, WINDOWS)
-        ]
+    taken: dict[Point, list[Pair]] = {point: [] for point in itertools.product(sizes, WINDOWS)}
+    orders = itertools.cycle(itertools.permutations(range(len(WAYS))))
+    for _ in range(starts):
+        with ExitStack() as stack:
+            ways = [start(stack) for start in WAYS]
+            for (size, window), sofar in taken.items():
+                sofar += measure_pairs(ways, size, window, itertools.islice(orders, pairs), seconds)
+    points = [summarise(size, window, sofar) for (size, window), sofar in taken.items()]
     Console(width=WIDTH).print(table_of(points))
-    write(file, {"machine": machine("pyzmq"), "pairs": pairs, "points": points})
+    write(file, {"machine": machine("pyzmq"), "starts": starts, "pairs": starts * pairs, "points": points})
 
 
 if __name__ == "__main__":

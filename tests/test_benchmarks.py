@@ -18,7 +18,7 @@ def run_relay(*arguments: object) -> subprocess.CompletedProcess[str]:
 def test_the_relay_benchmark_compares_every_size_with_a_proxy_and_a_direct_connection(tmp_path: Path) -> None:
     file = tmp_path / "relay.json"
     sizes = ",".join(map(str, SIZES))
-    finished = run_relay("--pairs", 2, "--sizes", sizes, "--seconds-per-point", 0.01, "--json", file)
+    finished = run_relay("--starts", 2, "--pairs", 1, "--sizes", sizes, "--seconds-per-point", 0.01, "--json", file)
     assert (finished.returncode, finished.stderr) == (0, "")
     points = json.loads(file.read_text())["points"]
     assert [(point["size"], point["window"]) for point in points] == [(size, w) for size in SIZES for w in (1, 8)]
