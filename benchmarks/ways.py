@@ -63,6 +63,7 @@ def _client(stack: ExitStack, join: Join, address: str) -> Connection:
     """Start a client in a process of its own, as a real one is: the system settles where the threads of one way run."""
     ours, theirs = processes.Pipe()
     stack.enter_context(child(_exchange_as_asked, theirs, join, address))
+    theirs.close()  # so that it is noticed here when the client ends
     return ours
 
 

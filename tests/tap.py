@@ -3,9 +3,8 @@
 from pathlib import Path
 from queue import Queue
 from threading import Thread
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-import zmq
 from conftest import Processes
 
 from zsplit.config import Config
@@ -31,12 +30,19 @@ class Tap(Port):
     def __init__(self, sockets: Sockets) -> None:
         super().__init__(sockets.data)
         self.passed: list[Passed] = []
+        self._parts: list[bytes] = []
+        self._take, self.receive = self.receive, self._keep
 
-    def receive(self) -> tuple[bytes, bytes, list[zmq.Frame]]:
-        sender, header, frames = super().receive()
-        if sender != BELL:
-            self.passed.append(Passed(decode_data(header), [frame.bytes for frame in frames]))
-        return sender, header, frames
+    def _keep(self, *how: Any) -> Any:
+        part = self._take(*how)
+        if not how:  # a sender, with which a message begins
+            self._parts = [part]
+            return part
+        self._parts.append(part.bytes)
+        sender, header, *frames = self._parts
+        if sender != BELL and not part.more:
+            self.passed.append(Passed(decode_data(header), frames))
+        return part
 
 
 def recorded(config: Config, processes: Processes) -> list[Passed]:
@@ -50,6 +56,7 @@ def recorded(config: Config, processes: Processes) -> list[Passed]:
     peers += [processes.start("client", "--broker", address) for _ in range(config.schedule.clients)]
     assert [peer.wait() for peer in peers] == [0] * len(peers), [peer.err[-5:] for peer in peers]
     thread.join()
+    assert passed, "the tap hears nothing"
     return passed
 
 

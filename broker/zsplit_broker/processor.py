@@ -15,6 +15,9 @@ from threading import get_native_id
 
 TASKS = Path("/proc/self/task")
 
+OWN = 0
+"""The calling thread, to the system."""
+
 LOOK_SECONDS = 0.2
 """How often the load is looked at."""
 
@@ -27,7 +30,9 @@ TOGETHER_SECONDS = 5.0
 
 def threads() -> set[int]:
     """Return the ids of this process's threads; none where the system does not tell."""
-    return {int(task.name) for task in TASKS.iterdir()} if TASKS.is_dir() else set()
+    with contextlib.suppress(OSError):
+        return {int(task.name) for task in TASKS.iterdir()}
+    return set()
 
 
 class Processor:
@@ -36,17 +41,20 @@ class Processor:
     def __init__(self, others: Collection[int], used: Callable[[], float] = time.process_time) -> None:
         self.shared = False
         self._others, self._used = others, used
-        self._allowed = os.sched_getaffinity(0) if others and hasattr(os, "sched_getaffinity") else set[int]()
-        self._looked = self._since = 0.0
-        self._used_before = used()
+        self._allowed: set[int] = set()
+        with contextlib.suppress(AttributeError, OSError):  # not Linux, or a sandbox
+            self._allowed = os.sched_getaffinity(0) if others else set()
+        self._looked = self._used_before = self._since = 0.0
 
     def look(self, now: float) -> None:
         """Bring the threads together or part them, as the load since the last time says. `now` is in seconds."""
         if len(self._allowed) < 2 or now < self._looked + LOOK_SECONDS:
             return
         used = self._used()
-        load = (used - self._used_before) / (now - self._looked)
+        first, load = not self._looked, (used - self._used_before) / (now - self._looked)
         self._looked, self._used_before = now, used
+        if first:
+            return
         if not self.shared and load < ROOM:
             self._since = now
             self._share(True)
@@ -62,17 +70,21 @@ class Processor:
         try:
             self._run_on({last_processor(get_native_id())} if shared else self._allowed)
             self.shared = shared
-        except OSError:  # a sandbox forbids it, or the processor was taken away: the system chooses from now on
+        except (OSError, ValueError, LookupError):  # it is not allowed, or not told: the system chooses from now on
             allowed, self._allowed, self.shared = self._allowed, set(), False
-            with contextlib.suppress(OSError):
-                self._run_on(allowed)
+            for thread in (OWN, *self._others):
+                with contextlib.suppress(OSError):
+                    os.sched_setaffinity(thread, allowed)
 
     def _run_on(self, processors: set[int]) -> None:
-        for thread in (0, *self._others):  # 0 is the calling one
+        for thread in (OWN, *self._others):
             os.sched_setaffinity(thread, processors)
 
 
 def last_processor(thread: int) -> int:
-    """Return the processor on which a thread of this process ran last. Raises OSError where there is no such thread."""
+    """Return the processor on which a thread of this process ran last.
+
+    Raises OSError where there is no such thread, ValueError or LookupError where the system tells something else of it.
+    """
     fields = (TASKS / str(thread) / "stat").read_text().rpartition(")")[2].split()
     return int(fields[36])  # `processor`, the 39th of proc_pid_stat(5), of which two stand before the bracket

@@ -46,10 +46,11 @@ KINDS: dict[type[Job], Kind] = {Turn: "train", Evaluate: "eval", Predict: "predi
 """The kind of tensors that pass under a job."""
 
 KEY = 39
-"""Bytes of a header by which lanes are looked up: run, session and lease are in them, and no head is shorter."""
+"""Bytes of a header by which lanes are looked up. With a run's usual names session and lease are in them, and no head
+is shorter; which lane it is, if any, is then found by the whole head."""
 
-LANES = 8
-"""Lanes that are kept for what one peer sends under one lease: heads differ by leg, and by the tensors' sizes."""
+LANES, MAX_HEAD = 8, 2048
+"""Lanes that are kept of one key, since heads differ by leg and by the tensors' sizes, and the bytes of a head."""
 
 
 class Relay:
@@ -144,10 +145,15 @@ class Relay:
         else:
             lane = Lane(message, session.data, to.data, session, to, self._traffic(message.lease))
             lane.count(message.step, message.micro, message.scalars, size)
-            alike = self._lanes.setdefault(lane.head[:KEY], [])
+            self._keep(lane)
+        return Route(to.data)
+
+    def _keep(self, lane: Lane) -> None:
+        """Keep a lane for the tensors that are like those it was made for."""
+        alike = self._lanes.setdefault(lane.head[:KEY], [])
+        if len(lane.head) <= MAX_HEAD and all(other.head != lane.head for other in alike):
             del alike[LANES - 1 :]
             alike.insert(0, lane)
-        return Route(to.data)
 
     def _other(self, session: Session, message: Tensors | Step) -> Session | None:
         """Return the other one of the two that have the lease, or None where the message may not pass."""

@@ -1,5 +1,7 @@
 """What comes on the data connection: passed on as the relay says, or taken in where it is for the broker itself."""
 
+import contextlib
+
 import zmq
 
 from zsplit import crash
@@ -16,7 +18,7 @@ from zsplit_broker.sockets import BELL
 from zsplit_broker.traffic import Lane
 from zsplit_broker.versions import Versions
 
-TOGETHER = 16
+BATCH = 16
 """Messages that are counted at once, after they were passed on: from the second on the code for it is in the caches."""
 
 
@@ -56,7 +58,7 @@ class Switch:
                 if trap is not None:
                     trap.spring()
                 passed.append((lane, header, send(lane.to, header, frames)))
-                if len(passed) == TOGETHER:
+                if len(passed) == BATCH:
                     self._count()
             del part, frames  # their memory is free for what comes next as soon as it is sent
         self._count()
@@ -67,16 +69,13 @@ class Switch:
             self._router.dropped += not sent
             self.relayed += 1
             self.relayed_bytes += lane.size(header)
-            try:
+            with contextlib.suppress(RemoteProtocolError):  # whoever got it says so, and leaves
                 lane.take(header)
-            except RemoteProtocolError:  # whoever got it says so, and leaves
-                self._router.dropped += 1
         self._passed.clear()
 
     def _look_into(self, sender: bytes, header: bytes, frames: list[zmq.Frame]) -> None:
         """Decode a message for which there is no lane yet, or never will be, and pass it on if it may."""
         crash.at("broker.relay")
-        self._count()  # it may be counted with those before it, and what it says may end their lanes
         try:
             message = decode_data(header)
             check_sizes(message, list(map(len, frames)))

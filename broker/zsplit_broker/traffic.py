@@ -76,6 +76,7 @@ class Lane:
     ) -> None:
         self.head = head_of(message)
         self.sizes = [meta.nbytes for meta in message.tensors]
+        self._raw = [raw_of(meta) for meta in message.tensors]
         self.sender, self.to = sender, to
         self._message, self._source, self._target, self._traffic = message, source, target, traffic
 
@@ -95,10 +96,10 @@ class Lane:
         self._traffic.exchange.note(step, micro, leg, scalars.get("micros"))
         count, way = self._traffic.count, leg % 2
         if kind == "eval":
-            count("evaluation", way, size, size + sum(raw_of(meta) - meta.nbytes for meta in metas))
+            count("evaluation", way, size, size + sum(self._raw) - sum(self.sizes))
             return
-        for meta in metas:
-            count(meta.what, way, meta.nbytes, raw_of(meta))
+        for meta, raw in zip(metas, self._raw, strict=True):
+            count(meta.what, way, meta.nbytes, raw)
             size -= meta.nbytes
         count("headers", way, size, size)
 

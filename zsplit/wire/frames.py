@@ -98,7 +98,7 @@ def decode_data(header: bytes) -> DataMessage:
 
 def head_of(message: Tensors) -> bytes:
     """Return the bytes with which the headers of all tensors of the like begin: all but step, micro and scalars."""
-    return encode(msgspec.structs.replace(message, step=0, micro=0, scalars={}))[: -len(NO_TAIL)]
+    return _encoder.encode(msgspec.structs.replace(message, step=0, micro=0, scalars={}))[: -len(NO_TAIL)]
 
 
 def decode_tail(tail: bytes) -> Tail:

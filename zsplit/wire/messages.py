@@ -409,8 +409,7 @@ class Bye(Control, frozen=True, tag="bye"):
 class Data(msgspec.Struct, frozen=True, array_like=True, tag_field="type", gc=False):
     """Base of the messages on the data connection: every one names its run and its sender's session.
 
-    Decoding one is a part of what the relay takes for a message. Nothing in it refers back to it, so the garbage
-    collector need not know of it.
+    Nothing in one refers back to it, so the garbage collector need not know of it.
     """
 
     run: str
