@@ -10,7 +10,7 @@ model is missing.
 
 Every pair measures all three ways once, one after the other and in another order each time. A ratio is
 that of two figures of the same pair, the table shows its median over the pairs. All processes are started anew a few
-times, since where their memory lies moves a ratio by as much as a tenth, for as long as they live. CPU time is user and
+times, since where their memory lies moves a ratio by as much as a fifth, for as long as they live. CPU time is user and
 system time of the middle's process, all threads, for each message that it passed on (two a round trip).
 """
 
