@@ -104,5 +104,6 @@ def trap(name: str) -> Trap | None:
 
 def at(name: str) -> None:
     """Pass a place."""
-    if _trap is not None and _trap.name == name:
-        _trap.spring()
+    found = trap(name)
+    if found is not None:
+        found.spring()
