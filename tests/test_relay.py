@@ -239,9 +239,10 @@ class Traffic(RuleBasedStateMachine):
             message = msgspec.structs.replace(message, scalars={"left": float(extra)} if extra else {})
         header = encode(message)
         frames = [bytes(meta.nbytes) for meta in message.tensors] if isinstance(message, Tensors) else []
-        size = len(header) + sum(map(len, frames))
-        assert self.relay.lane(connection, header, [*frames, b""]) is None, "frames that the header does not declare"
-        lane = self.relay.lane(connection, header, frames)
+        sizes = [len(frame) for frame in frames]
+        size = len(header) + sum(sizes)
+        assert self.relay.lane(connection, header, [*sizes, 0]) is None, "frames that the header does not declare"
+        lane = self.relay.lane(connection, header, sizes)
         if lane is None:
             route = self.relay.route(connection, message, size)
         else:

@@ -11,8 +11,8 @@ import zmq
 from desk import RUN, SMASHED, Member, Stage
 from helpers import config_of
 
-from zsplit.wire.frames import MAX_FRAMES, MAX_HEADER, encode, head_of
-from zsplit.wire.messages import Tensors
+from zsplit.wire.frames import MAX_FRAMES, MAX_HEADER, decode_data, encode, head_of
+from zsplit.wire.messages import Attach, Attached, Detached, Resend, Tensors
 from zsplit_broker.disk import Writer
 from zsplit_broker.port import Port
 from zsplit_broker.sockets import Sockets, bound
@@ -34,7 +34,13 @@ class Line(Stage):
         self.switch = Switch(RUN, Port(sockets.data), self.router, self.versions, self.writer)
         self.turn, self.bell, self.address = self.turns[0], sockets.bell, f"tcp://127.0.0.1:{sockets.data_port}"
         self.context: zmq.Context[Socket] = zmq.Context()
-        self.client, self.server = self.connect(self.clients[0]), self.connect(self.servers[0])
+        with self.passing():  # who has had an answer can be sent to
+            self.server = self.connect(self.servers[0])
+            self.attach(self.server, self.servers[0])
+            self.client = self.connect(self.clients[0])
+            self.attach(self.client, self.clients[0])
+            assert decode_data(self.server.recv()) == Resend(RUN, self.servers[0].token, self.turn.lease)
+        self.router.dropped = self.switch.relayed = self.switch.relayed_bytes = 0
 
     def close(self) -> None:
         self.context.destroy(linger=0)
@@ -49,6 +55,11 @@ class Line(Stage):
         made.connect(self.address)
         return made
 
+    def attach(self, connection: Socket, member: Member) -> None:
+        """Say on a connection whose it is, and take the answer."""
+        connection.send(encode(Attach(RUN, member.token)))
+        assert decode_data(connection.recv()) == Attached(RUN, member.token)
+
     def smashed(self, step: int = 0) -> Tensors:
         return self.tensors(self.clients[0], self.turn.lease, step=step)
 
@@ -57,9 +68,11 @@ class Line(Stage):
         """Pass messages on meanwhile, and ring the bell at the end."""
         thread = Thread(target=self.switch.pass_on_until_the_bell)
         thread.start()
-        yield
-        self.bell.send(b"")
-        thread.join()
+        try:
+            yield
+        finally:
+            self.bell.send(b"")
+            thread.join()
 
     def counted(self, what: str) -> tuple[int, int]:
         return self.router.relay.counted(self.turn.lease).get(what, (0, 0))
@@ -92,15 +105,53 @@ def test_tensors_pass_and_count_whether_a_lane_is_known_or_not(line: Line) -> No
     assert not line.router.relay.asks_server(line.turn.lease)
 
 
-@pytest.mark.parametrize("known", [False, True])
-@pytest.mark.parametrize("wrong", ["frames", "size", "long", "many", "garbage"])
+def test_each_goes_to_the_other_end_whatever_came_before_it(line: Line) -> None:
+    smashed = msgspec.structs.replace(line.smashed(), tensors=(SMASHED,))
+    up, down, last = encode(line.smashed()), encode(line.tensors(line.servers[0], line.turn.lease)), encode(smashed)
+    sent = {
+        "u": (line.client, line.server, [up, *BODIES]),
+        "d": (line.server, line.client, [down, *BODIES]),
+        "l": (line.client, line.server, [last, BODIES[0]]),
+    }
+    order = "udududuldudluuddulldulddduuul"
+    with line.passing():
+        for each in order:
+            sender, receiver, message = sent[each]
+            sender.send_multipart(message)
+            assert receiver.recv_multipart() == message
+    counted = {each: order.count(each) for each in sent}
+    assert line.counted("smashed") == (24 * (counted["u"] + counted["l"]), 24 * counted["d"])
+    assert line.counted("labels") == (16 * counted["u"], 16 * counted["d"])
+    assert (line.switch.relayed, line.router.dropped) == (len(order), 0)
+
+
+def test_what_follows_goes_to_the_connection_that_has_come_in_between(line: Line) -> None:
+    up, down = encode(line.smashed()), encode(line.tensors(line.servers[0], line.turn.lease))
+    old, again = line.server, Member("server", 0, "", b"", line.routing_id())
+    with line.connect(again) as new, line.passing():
+        for server in (old, old, new):
+            if server is new:
+                line.attach(new, line.servers[0])
+                assert decode_data(line.client.recv()) == Resend(RUN, line.clients[0].token, line.turn.lease)
+            line.client.send_multipart([up, *BODIES])
+            assert server.recv_multipart() == [up, *BODIES]
+            server.send_multipart([down, *BODIES])
+            assert line.client.recv_multipart() == [down, *BODIES]
+        old.send_multipart([down, *BODIES])
+        assert decode_data(old.recv()) == Detached(RUN, "")
+
+
+@pytest.mark.parametrize("before", [0, 1, 3])  # no lane yet, one to be looked up, one that is expected
+@pytest.mark.parametrize("wrong", ["frames", "size", "long", "many", "garbage", "kind", "token"])
 def test_what_is_not_what_its_header_says_is_dropped_and_the_next_one_passes(
-    line: Line, known: bool, wrong: str
+    line: Line, before: int, wrong: str
 ) -> None:
     bad, last = encode(line.smashed(1)), encode(line.smashed(2))
+    kind = encode(msgspec.structs.replace(line.smashed(1), kind="eval"))
+    token = encode(msgspec.structs.replace(line.smashed(1), session=line.servers[0].token))
     long = encode(msgspec.structs.replace(line.smashed(1), scalars={"x" * (MAX_HEADER // 2): 1.0}))
     with line.passing():
-        if known:
+        for _ in range(before):
             line.client.send_multipart([encode(line.smashed(0)), *BODIES])
             line.server.recv_multipart()
         line.client.send_multipart(
@@ -110,11 +161,13 @@ def test_what_is_not_what_its_header_says_is_dropped_and_the_next_one_passes(
                 "long": [long + bytes(MAX_HEADER // 2), *BODIES],
                 "many": [bad, *BODIES, *[b""] * MAX_FRAMES],
                 "garbage": [b"\x9a" + bad[2:], *BODIES],
+                "kind": [kind, *BODIES],
+                "token": [token, *BODIES],
             }[wrong]
         )
         line.client.send_multipart([last, *BODIES])
         assert line.server.recv_multipart() == [last, *BODIES]
-    assert (line.router.dropped, line.switch.relayed) == (1, 2 if known else 1)
+    assert (line.router.dropped, line.switch.relayed) == (1, before + 1)
 
 
 def test_a_tail_that_is_none_is_left_to_who_gets_it(line: Line) -> None:

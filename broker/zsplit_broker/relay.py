@@ -1,11 +1,10 @@
 """What may pass on the data connection, and where it goes: attaching, relay rules, pulls."""
 
-from collections.abc import Iterator, Sequence, Sized
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import msgspec
 
-from zsplit.wire.frames import MAX_HEADER
 from zsplit.wire.messages import (
     Attach,
     Attached,
@@ -67,16 +66,14 @@ class Relay:
         self.traffic: dict[Lease, Traffic] = {}
         self._lanes: dict[bytes, list[Lane]] = {}
 
-    def lane(self, sender: bytes, header: bytes, frames: Sequence[Sized]) -> Lane | None:
+    def lane(self, sender: bytes, header: bytes, sizes: list[int]) -> Lane | None:
         """Return the lane that these tensors may take, or None where `check_sizes` and `route` have to find out.
 
         Nothing is decoded: tensors of the same head have passed before, and whoever gets these reads their tail. Who
         sends them on has the lane count them.
         """
-        if len(header) > MAX_HEADER:
-            return None
         for lane in self._lanes.get(header[:KEY], ()):
-            if lane.sender == sender and header.startswith(lane.head) and lane.sizes == list(map(len, frames)):
+            if lane.takes(sender, header, sizes):
                 return lane
         return None
 

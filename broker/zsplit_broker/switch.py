@@ -18,7 +18,7 @@ from zsplit_broker.sockets import BELL
 from zsplit_broker.traffic import Lane
 from zsplit_broker.versions import Versions
 
-BATCH = 16
+BATCH = 64
 """Messages that are counted at once, after they were passed on: from the second on the code for it is in the caches."""
 
 
@@ -40,20 +40,27 @@ class Switch:
         """
         receive, find, send = self.port.receive, self._relay.lane, self.port.send
         passed, trap = self._passed, crash.trap("broker.relay")
+        lane: Lane | None = None
         while True:
             sender = receive()
             part = receive(0, False)  # a frame says whether more follow at a tenth of what the socket takes
             header = part.bytes
             frames: list[zmq.Frame] = []
+            sizes: list[int] = []
             while part.more:
                 part = receive(0, False)
                 if len(frames) < MAX_FRAMES:
                     frames.append(part)
-            lane = find(sender, header, frames)
+                    sizes.append(len(part))
+            before, lane = lane, lane.next if lane else None
+            if lane is None or not lane.takes(sender, header, sizes):
+                lane = find(sender, header, sizes)
+                if before is not None:
+                    before.next = lane
             if lane is None:
                 if sender == BELL:
                     break
-                self._look_into(sender, header, frames)
+                self._look_into(sender, header, frames, sizes)
             else:
                 if trap is not None:
                     trap.spring()
@@ -73,20 +80,19 @@ class Switch:
                 lane.take(header)
         self._passed.clear()
 
-    def _look_into(self, sender: bytes, header: bytes, frames: list[zmq.Frame]) -> None:
+    def _look_into(self, sender: bytes, header: bytes, frames: list[zmq.Frame], sizes: list[int]) -> None:
         """Decode a message for which there is no lane yet, or never will be, and pass it on if it may."""
         crash.at("broker.relay")
         try:
             message = decode_data(header)
-            check_sizes(message, list(map(len, frames)))
+            check_sizes(message, sizes)
         except RemoteProtocolError:
             self._router.dropped += 1
         else:
-            self._route(sender, message, header, frames)
+            self._route(sender, message, header, frames, len(header) + sum(sizes))
 
-    def _route(self, sender: bytes, message: DataMessage, header: bytes, frames: list[zmq.Frame]) -> None:
-        """Pass a message on, take it in, or drop it, as the relay says."""
-        size = len(header) + sum(map(len, frames))
+    def _route(self, sender: bytes, message: DataMessage, header: bytes, frames: list[zmq.Frame], size: int) -> None:
+        """Pass a message of `size` bytes on, take it in, or drop it, as the relay says."""
         route = self._relay.route(sender, message, size)
         if route is None:
             self._router.dropped += 1

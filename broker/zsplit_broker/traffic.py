@@ -3,7 +3,7 @@
 from collections import defaultdict
 from collections.abc import Mapping
 
-from zsplit.wire.frames import decode_tail, head_of, raw_size
+from zsplit.wire.frames import MAX_HEADER, decode_tail, head_of, raw_size
 from zsplit.wire.messages import TensorMeta, Tensors
 from zsplit_broker.session import Session
 
@@ -68,7 +68,8 @@ class Lane:
     known: the `head` is what it begins with, `sizes` are those of the frames.
 
     What was found out about the first of them holds for all until a connection, a session or a lease ends; then the
-    relay forgets all lanes.
+    relay forgets all lanes. `next` is the one that the message after such a one took the last time: mostly two ends
+    take turns, and then no lane has to be looked up.
     """
 
     def __init__(
@@ -78,7 +79,14 @@ class Lane:
         self.sizes = [meta.nbytes for meta in message.tensors]
         self._raw = [raw_of(meta) for meta in message.tensors]
         self.sender, self.to = sender, to
+        self.next: Lane | None = None
         self._message, self._source, self._target, self._traffic = message, source, target, traffic
+
+    def takes(self, sender: bytes, header: bytes, sizes: list[int]) -> bool:
+        """Return whether a message with frames of these sizes may take this lane."""
+        return (
+            self.sender == sender and header.startswith(self.head) and self.sizes == sizes and len(header) <= MAX_HEADER
+        )
 
     def size(self, header: bytes) -> int:
         """Return the bytes of a message with such a header."""
