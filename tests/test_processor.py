@@ -9,7 +9,16 @@ from threading import Event, Thread, get_native_id
 import pytest
 from conftest import Processes, settings, until
 
-from zsplit_broker.processor import FULL, LOOK_SECONDS, ROOM, TOGETHER_SECONDS, Processor, last_processor, threads
+from zsplit_broker.processor import (
+    FULL,
+    LOOK_SECONDS,
+    ROOM,
+    TOGETHER_SECONDS,
+    TURNS,
+    Processor,
+    last_processor,
+    threads,
+)
 
 pytestmark = pytest.mark.skipif(
     not hasattr(os, "sched_getaffinity") or len(os.sched_getaffinity(0)) < 2, reason="needs Linux and two processors"
@@ -17,16 +26,16 @@ pytestmark = pytest.mark.skipif(
 
 
 class Load:
-    """A processor's clock that a test moves, and a thread beside the test's own."""
+    """Clocks that a test moves, the process's and its own, and a thread beside the test's own."""
 
     def __init__(self) -> None:
-        self.used = self.now = 0.0
+        self.used = self.own = self.now = 0.0
         self._over, ready = Event(), Event()
         self.thread = Thread(target=lambda: (ready.set(), self._over.wait()))
         self.thread.start()
         ready.wait()
         self.all = os.sched_getaffinity(0)
-        self.processor = Processor([self.other], lambda: self.used)
+        self.processor = Processor([self.other], lambda: self.used, lambda: self.own)
         assert not self.work(0.0), "there is nothing yet to compare with"
 
     @property
@@ -34,10 +43,11 @@ class Load:
         assert self.thread.native_id is not None
         return self.thread.native_id
 
-    def work(self, share: float, seconds: float = LOOK_SECONDS) -> bool:
-        """Let time pass with so much of a processor used; return whether the two share one then."""
+    def work(self, share: float, seconds: float = LOOK_SECONDS, own: float = 0.5) -> bool:
+        """Let time pass with so much of a processor used, `own` of that here; return whether the two share one then."""
         self.now += seconds
         self.used += share * seconds
+        self.own += share * seconds * own
         self.processor.look(self.now)
         mine, others = os.sched_getaffinity(0), os.sched_getaffinity(self.other)
         assert mine == others
@@ -65,6 +75,13 @@ def test_two_threads_share_a_processor_until_they_fill_it(load: Load) -> None:
     assert not load.work(FULL + 0.05)
     assert not load.work(ROOM + 0.05), "not at once again"
     assert load.work(ROOM - 0.05)
+
+
+def test_two_threads_share_a_processor_while_they_take_turns_often(load: Load) -> None:
+    assert not load.work(0.5, own=TURNS * 0.9)
+    assert load.work(0.5, own=TURNS * 1.1)
+    assert load.work(0.0), "idle, and ready for the next turn"
+    assert not load.work(0.5, own=TURNS * 0.9)
 
 
 def test_the_system_may_choose_the_processor_anew_from_time_to_time(load: Load) -> None:
