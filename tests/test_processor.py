@@ -2,6 +2,7 @@
 
 import os
 import signal
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from threading import Event, Thread, get_native_id
@@ -12,11 +13,13 @@ from conftest import Processes, settings, until
 from zsplit_broker.processor import (
     FULL,
     LOOK_SECONDS,
+    OFTEN,
+    RARELY,
     ROOM,
     TOGETHER_SECONDS,
-    TURNS,
     Processor,
     last_processor,
+    thread_seconds,
     threads,
 )
 
@@ -26,16 +29,16 @@ pytestmark = pytest.mark.skipif(
 
 
 class Load:
-    """Clocks that a test moves, the process's and its own, and a thread beside the test's own."""
+    """Clocks of two threads that a test moves, its own and another one's."""
 
     def __init__(self) -> None:
-        self.used = self.own = self.now = 0.0
+        self.own = self.others = self.now = 0.0
         self._over, ready = Event(), Event()
         self.thread = Thread(target=lambda: (ready.set(), self._over.wait()))
         self.thread.start()
         ready.wait()
         self.all = os.sched_getaffinity(0)
-        self.processor = Processor([self.other], lambda: self.used, lambda: self.own)
+        self.processor = Processor([self.other], self.seconds)
         assert not self.work(0.0), "there is nothing yet to compare with"
 
     @property
@@ -43,11 +46,14 @@ class Load:
         assert self.thread.native_id is not None
         return self.thread.native_id
 
+    def seconds(self, thread: int) -> float:
+        return {get_native_id(): self.own, self.other: self.others}[thread]
+
     def work(self, share: float, seconds: float = LOOK_SECONDS, own: float = 0.5) -> bool:
         """Let time pass with so much of a processor used, `own` of that here; return whether the two share one then."""
         self.now += seconds
-        self.used += share * seconds
         self.own += share * seconds * own
+        self.others += share * seconds * (1 - own)
         self.processor.look(self.now)
         mine, others = os.sched_getaffinity(0), os.sched_getaffinity(self.other)
         assert mine == others
@@ -78,10 +84,24 @@ def test_two_threads_share_a_processor_until_they_fill_it(load: Load) -> None:
 
 
 def test_two_threads_share_a_processor_while_they_take_turns_often(load: Load) -> None:
-    assert not load.work(0.5, own=TURNS * 0.9)
-    assert load.work(0.5, own=TURNS * 1.1)
+    between = (OFTEN + RARELY) / 2
+    assert not load.work(0.5, own=between)
+    assert load.work(0.5, own=OFTEN * 1.1)
+    assert load.work(0.5, own=between), "not at once again"
     assert load.work(0.0), "idle, and ready for the next turn"
-    assert not load.work(0.5, own=TURNS * 0.9)
+    assert not load.work(0.5, own=RARELY * 0.9)
+
+
+def test_what_a_thread_has_used_is_told(load: Load) -> None:
+    before = thread_seconds(get_native_id()), thread_seconds(load.other), time.process_time()
+    until(lambda: time.process_time() > before[2] + 0.05)
+    assert thread_seconds(get_native_id()) >= before[0] + 0.02
+    assert thread_seconds(load.other) < before[1] + 0.02
+    other = load.other
+    load.close()
+    until(lambda: other not in threads())
+    with pytest.raises(OSError, match="Invalid argument"):
+        thread_seconds(other)
 
 
 def test_the_system_may_choose_the_processor_anew_from_time_to_time(load: Load) -> None:
@@ -114,6 +134,18 @@ def test_where_it_may_not_be_chosen_the_system_chooses(load: Load, monkeypatch: 
         patched.setattr(os, "sched_setaffinity", refuse)
         assert not load.work(0.1)
     assert not load.work(0.1), "and is not asked again"
+
+
+def test_where_the_load_is_not_told_the_system_chooses(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert load.work(0.1)
+    with monkeypatch.context() as patched:
+        patched.setattr(load.processor, "_seconds", thread_that_is_gone)
+        assert not load.work(0.1)
+    assert not load.work(0.1), "and is not asked again"
+
+
+def thread_that_is_gone(_thread: int) -> float:
+    raise OSError
 
 
 def test_a_thread_s_last_processor_is_one_that_it_may_run_on(load: Load) -> None:

@@ -1,5 +1,6 @@
 """The data connection over real sockets: what passes, what is dropped, and that all of it is counted."""
 
+import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,11 +13,13 @@ from desk import RUN, SMASHED, Member, Stage
 from helpers import config_of
 
 from zsplit.wire.frames import MAX_FRAMES, MAX_HEADER, decode_data, encode, head_of
-from zsplit.wire.messages import Attach, Attached, Detached, Resend, Tensors
+from zsplit.wire.messages import Attach, Attached, Detached, Resend, TensorMeta, Tensors
 from zsplit_broker.disk import Writer
 from zsplit_broker.port import Port
+from zsplit_broker.relay import LANES
 from zsplit_broker.sockets import Sockets, bound
 from zsplit_broker.switch import BATCH, Switch
+from zsplit_broker.traffic import Lane
 from zsplit_broker.versions import Versions
 
 Socket = zmq.Socket[bytes]
@@ -52,6 +55,7 @@ class Line(Stage):
         made = self.context.socket(zmq.DEALER)
         made.setsockopt(zmq.ROUTING_ID, member.data)
         made.setsockopt(zmq.RCVTIMEO, 10_000)
+        made.setsockopt(zmq.LINGER, 0)
         made.connect(self.address)
         return made
 
@@ -139,6 +143,47 @@ def test_what_follows_goes_to_the_connection_that_has_come_in_between(line: Line
             assert line.client.recv_multipart() == [down, *BODIES]
         old.send_multipart([down, *BODIES])
         assert decode_data(old.recv()) == Detached(RUN, "")
+    sizes = [len(body) for body in BODIES]
+    assert line.router.relay.lane(line.clients[0].data, up, sizes) is not None, "one is known again"
+
+
+def test_a_lane_that_is_expected_ends_with_its_lease(line: Line) -> None:
+    header = encode(line.smashed())
+    for _ in range(4):
+        with line.passing():
+            for _ in range(3):
+                line.client.send_multipart([header, *BODIES])
+                assert line.server.recv_multipart() == [header, *BODIES]
+    line.scheduler.work.pop(line.turn.lease)
+    line.router.relay.forget(line.turn.lease)
+    with line.passing():
+        line.client.send_multipart([header, *BODIES])
+        line.client.send(encode(Attach(RUN, line.clients[0].token)))
+        assert decode_data(line.client.recv()) == Attached(RUN, line.clients[0].token)
+    assert (line.switch.relayed, line.router.dropped) == (12 + 1, 1)
+
+
+def test_lanes_that_are_no_longer_kept_end_whichever_they_came_before(line: Line) -> None:
+    def send(columns: int) -> None:
+        meta = TensorMeta("smashed", "U8", (columns,), "raw", columns)
+        message = [encode(msgspec.structs.replace(line.smashed(), tensors=(meta,))), bytes(columns)]
+        line.client.send_multipart(message)
+        assert line.server.recv_multipart() == message
+
+    def alive() -> int:
+        gc.collect()
+        return sum(isinstance(each, Lane) and each.sender == line.clients[0].data for each in gc.get_objects())
+
+    down, before = encode(line.tensors(line.servers[0], line.turn.lease)), alive()
+    with line.passing():
+        send(0)
+        for _ in range(2):
+            line.server.send_multipart([down, *BODIES])
+            line.client.recv_multipart()
+        for columns in range(1, LANES + 3):
+            for each in (columns - 1, columns, columns - 1, columns):
+                send(each)
+    assert alive() == before + LANES
 
 
 @pytest.mark.parametrize("before", [0, 1, 3])  # no lane yet, one to be looked up, one that is expected

@@ -16,17 +16,15 @@ from threading import get_native_id
 
 TASKS = Path("/proc/self/task")
 
-OWN = 0
-"""The calling thread, to the system."""
-
 LOOK_SECONDS = 0.2
 """How often the load is looked at."""
 
 ROOM, FULL = 0.75, 0.9
-"""The process's share of a processor below which the two threads are brought together, and above which parted."""
+"""What the threads need of a processor: below the one they are brought together, above the other parted."""
 
-TURNS = 0.06
-"""The calling thread's share of the process's work below which its turns are too rare: with tensors of about 3 MiB."""
+OFTEN, RARELY = 0.07, 0.05
+"""The calling thread's share of that: from the one they are brought together, below the other parted. It has 16 % with
+tensors of 1 MiB, 7 % with 2 MiB, 4 % with 4 MiB."""
 
 TOGETHER_SECONDS = 5.0
 """How long they stay on one processor before the system may choose anew: somebody else may have come to it."""
@@ -39,56 +37,12 @@ def threads() -> set[int]:
     return set()
 
 
-class Processor:
-    """Where the calling thread and some `others` run. Threads that it starts while they share one stay there too."""
+def thread_seconds(thread: int) -> float:
+    """Return the CPU time so far of a thread of this process (its pthread_getcpuclockid(3) on Linux).
 
-    def __init__(
-        self,
-        others: Collection[int],
-        used: Callable[[], float] = time.process_time,
-        own: Callable[[], float] = time.thread_time,
-    ) -> None:
-        self.shared = False
-        self._others, self._used, self._own = others, used, own
-        self._allowed: set[int] = set()
-        with contextlib.suppress(AttributeError, OSError):  # not Linux, or a sandbox
-            self._allowed = os.sched_getaffinity(0) if others else set()
-        self._looked = self._used_before = self._own_before = self._since = 0.0
-
-    def look(self, now: float) -> None:
-        """Bring the threads together or part them, as their work since the last time says. `now` is in seconds."""
-        if len(self._allowed) < 2 or now < self._looked + LOOK_SECONDS:
-            return
-        all_used, own_used = self._used(), self._own()
-        used, own, first = all_used - self._used_before, own_used - self._own_before, not self._looked
-        load, turns = used / (now - self._looked), own >= TURNS * used
-        self._looked, self._used_before, self._own_before = now, all_used, own_used
-        if first:
-            return
-        if not self.shared and turns and load < ROOM:
-            self._since = now
-            self._share(True)
-        elif self.shared and (not turns or load > FULL or now >= self._since + TOGETHER_SECONDS):
-            self._share(False)
-
-    def leave(self) -> None:
-        """Let the threads run anywhere again."""
-        if self.shared:
-            self._share(False)
-
-    def _share(self, shared: bool) -> None:
-        try:
-            self._run_on({last_processor(get_native_id())} if shared else self._allowed)
-            self.shared = shared
-        except (OSError, ValueError, LookupError):  # it is not allowed, or not told: the system chooses from now on
-            allowed, self._allowed, self.shared = self._allowed, set(), False
-            for thread in (OWN, *self._others):
-                with contextlib.suppress(OSError):
-                    os.sched_setaffinity(thread, allowed)
-
-    def _run_on(self, processors: set[int]) -> None:
-        for thread in (OWN, *self._others):
-            os.sched_setaffinity(thread, processors)
+    Raises OSError where there is no such thread.
+    """
+    return time.clock_gettime(~thread << 3 | 6)
 
 
 def last_processor(thread: int) -> int:
@@ -98,3 +52,61 @@ def last_processor(thread: int) -> int:
     """
     fields = (TASKS / str(thread) / "stat").read_text().rpartition(")")[2].split()
     return int(fields[36])  # `processor`, the 39th of proc_pid_stat(5), of which two stand before the bracket
+
+
+class Processor:
+    """Where the calling thread and some `others` run. Threads that it starts while they share one stay there too."""
+
+    def __init__(self, others: Collection[int], seconds: Callable[[int], float] = thread_seconds) -> None:
+        """`seconds` tells a thread's CPU time so far."""
+        self.shared = False
+        self._own, self._others, self._seconds = get_native_id(), others, seconds
+        self._allowed: set[int] = set()
+        with contextlib.suppress(AttributeError, OSError):  # not Linux, or a sandbox
+            self._allowed = os.sched_getaffinity(0) if others else set()
+        self._looked = self._since = 0.0
+        self._before = 0.0, 0.0
+
+    def look(self, now: float) -> None:
+        """Bring the threads together or part them, as their work since the last time says. `now` is in seconds."""
+        if len(self._allowed) < 2 or now < self._looked + LOOK_SECONDS:
+            return
+        try:
+            own = self._seconds(self._own)
+            both = own + sum(map(self._seconds, self._others))
+        except OSError:
+            self._give_up()
+            return
+        (own_before, both_before), self._before = self._before, (own, both)
+        first, seconds, self._looked = not self._looked, now - self._looked, now
+        own, both = own - own_before, both - both_before
+        if first:
+            return
+        if not self.shared and both < ROOM * seconds and own >= OFTEN * both:
+            self._since = now
+            self._share(True)
+        elif self.shared and (both > FULL * seconds or own < RARELY * both or now >= self._since + TOGETHER_SECONDS):
+            self._share(False)
+
+    def leave(self) -> None:
+        """Let the threads run anywhere again."""
+        if self.shared:
+            self._share(False)
+
+    def _share(self, shared: bool) -> None:
+        try:
+            self._run_on({last_processor(self._own)} if shared else self._allowed)
+            self.shared = shared
+        except (OSError, ValueError, LookupError):  # it is not allowed, or not told
+            self._give_up()
+
+    def _give_up(self) -> None:
+        """Leave it to the system from now on."""
+        allowed, self._allowed, self.shared = self._allowed, set(), False
+        for thread in (self._own, *self._others):
+            with contextlib.suppress(OSError):
+                os.sched_setaffinity(thread, allowed)
+
+    def _run_on(self, processors: set[int]) -> None:
+        for thread in (self._own, *self._others):
+            os.sched_setaffinity(thread, processors)

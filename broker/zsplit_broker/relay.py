@@ -110,7 +110,7 @@ class Relay:
             before.data = None
         session.data = sender
         self.by_data[sender] = session
-        self._lanes.clear()
+        self._forget_lanes()
         return Attached(self.run, session.token)
 
     def resends(self, session: Session) -> Iterator[tuple[bytes, Resend]]:
@@ -149,8 +149,16 @@ class Relay:
         """Keep a lane for the tensors that are like those it was made for."""
         alike = self._lanes.setdefault(lane.head[:KEY], [])
         if len(lane.head) <= MAX_HEAD and all(other.head != lane.head for other in alike):
+            for old in alike[LANES - 1 :]:
+                old.end()
             del alike[LANES - 1 :]
             alike.insert(0, lane)
+
+    def _forget_lanes(self) -> None:
+        for alike in self._lanes.values():
+            for lane in alike:
+                lane.end()
+        self._lanes.clear()
 
     def _other(self, session: Session, message: Tensors | Step) -> Session | None:
         """Return the other one of the two that have the lease, or None where the message may not pass."""
@@ -251,12 +259,12 @@ class Relay:
         """A session is over: its data connection is nobody's."""
         if session.data is not None:
             self.by_data.pop(session.data, None)
-        self._lanes.clear()
+        self._forget_lanes()
 
     def forget(self, lease: Lease) -> None:
         """Drop what was found out and counted for a lease that is over."""
         self.traffic.pop(lease, None)
-        self._lanes.clear()
+        self._forget_lanes()
 
 
 def legs_of(job: Job, role: Role) -> range:

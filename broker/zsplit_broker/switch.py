@@ -55,7 +55,7 @@ class Switch:
             before, lane = lane, lane.next if lane else None
             if lane is None or not lane.takes(sender, header, sizes):
                 lane = find(sender, header, sizes)
-                if before is not None:
+                if before is not None and lane is not None:
                     before.next = lane
             if lane is None:
                 if sender == BELL:

@@ -82,6 +82,10 @@ class Lane:
         self.next: Lane | None = None
         self._message, self._source, self._target, self._traffic = message, source, target, traffic
 
+    def end(self) -> None:
+        """Take no message any more, whoever knows this lane as the next one, and know none."""
+        self.sender, self.next = b"", None
+
     def takes(self, sender: bytes, header: bytes, sizes: list[int]) -> bool:
         """Return whether a message with frames of these sizes may take this lane."""
         return (
