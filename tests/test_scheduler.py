@@ -338,6 +338,39 @@ def test_a_run_with_obedient_peers_ends_with_everything_done_once(play: Play, ra
     assert plans_made == ({"pool"} if plans_itself(config) else {"relu"})
 
 
+DISCARDING: dict[str, dict[str, object]] = {"async": {"schedule__max_staleness": 0}}
+"""Late results are thrown away, so that a round can end without a merge."""
+
+
+@pytest.mark.parametrize("seed", range(10))
+@pytest.mark.parametrize("policy", ["round_robin", "parallel", "async"])
+def test_a_round_whose_version_is_on_the_disk_already_is_recorded_at_once(policy: str, seed: int) -> None:
+    config = config_of(schedule__policy=policy, schedule__clients=2, run__rounds=1, **DISCARDING.get(policy, {}))
+    play = Play(config, equal_shards(config, validation=0, test=0), still=True).begin()
+    random, scheduler = Random(seed), play.scheduler
+    while scheduler.outcome is None:
+        play.tell(random.choice(play.due()))
+        assert not {ref.digest for ref in scheduler.unsettled.values()} & set(scheduler.stored)
+    assert scheduler.outcome == Finish(True, "the run is finished")
+    assert [said.round for said in play.said if isinstance(said, Announce)] == [0]
+
+
+def test_a_run_without_clients_under_async_says_what_it_waits_for() -> None:
+    play = Play(config_of(schedule__policy="async", schedule__clients=2, schedule__min_clients=1)).begin()
+    while not turns_of(play):
+        play.tell(play.due()[0])
+    play.tell(Stopped("Ctrl-C"))
+    play.tell(Started(2))
+    for client in range(2):
+        play.tell(Missed(client, "it did not come back"))
+    play.tell(play.joined(("server", 0)))
+    sentence = "the run needs 1 clients (schedule.min_clients) and has 0: start more of them"
+    assert (play.scheduler.waits_for(), play.scheduler.work) == (sentence, {})
+    play.tell(play.joined(("client", 1)))
+    play.go_on(Random(0).choice)
+    assert play.scheduler.outcome == Finish(True, "the run is finished")
+
+
 @unhurried
 @given(plays(), st.randoms(use_true_random=False))
 def test_every_client_with_data_evaluates_when_it_is_due_and_tests_once(play: Play, random: Random) -> None:

@@ -47,9 +47,11 @@ class Course(State):
         """Settle the rounds that are over, open what is due, and go on to the next phase where nothing is left."""
         moved = True
         while moved and self.outcome is None:
+            before = self.round
             yield from self._settle()
             yield from self._open_due()
             moved = yield from self._advance()
+            moved |= self.round != before  # `async` ends one when it mixes, and its version may be stored
         if self.outcome is None:
             yield from self._open_evaluations()
 

@@ -248,9 +248,10 @@ class State:
         if self.phase in ("waiting", "finished", "serving"):
             return ""
         names = [f"client {client}" for client in self.awaited()]
+        between = self.phase == "validating" or (self.phase == "training" and self.is_async and not self.work)
         if not self.servers():
             names.append("a server")
-        elif self.phase == "validating" and not names and not self.trained and not self._enough():
+        elif between and not names and not self.trained and not self._enough():
             here, least = len(self.eligible()), self.config.schedule.min_clients
             return f"the run needs {least} clients (schedule.min_clients) and has {here}: start more of them"
         return f"the run waits for {', '.join(names)}" if names else ""
