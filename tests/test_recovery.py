@@ -232,7 +232,7 @@ def test_a_round_needs_min_clients_to_begin() -> None:
         play.tell(Missed(client, "it did not come back"))
     play.peers = [("server", 0), ("client", 0)]
     play.go_on()
-    sentence = "the run needs 2 clients (schedule.min_clients) and has 1: start more of them"
+    sentence = "the run needs more clients (schedule.min_clients = 2, and 1 here): start them"
     assert play.scheduler.waits_for() == sentence
     router = Router(play.config, play.scheduler, "r", (1, 2))
     bulletin = Bulletin(play.scheduler, router, "r", "out")

@@ -364,7 +364,7 @@ def test_a_run_without_clients_under_async_says_what_it_waits_for() -> None:
     for client in range(2):
         play.tell(Missed(client, "it did not come back"))
     play.tell(play.joined(("server", 0)))
-    sentence = "the run needs 1 clients (schedule.min_clients) and has 0: start more of them"
+    sentence = "the run needs more clients (schedule.min_clients = 1, and 0 here): start them"
     assert (play.scheduler.waits_for(), play.scheduler.work) == (sentence, {})
     play.tell(play.joined(("client", 1)))
     play.go_on(Random(0).choice)

@@ -253,7 +253,7 @@ class State:
             names.append("a server")
         elif between and not names and not self.trained and not self._enough():
             here, least = len(self.eligible()), self.config.schedule.min_clients
-            return f"the run needs {least} clients (schedule.min_clients) and has {here}: start more of them"
+            return f"the run needs more clients (schedule.min_clients = {least}, and {here} here): start them"
         return f"the run waits for {', '.join(names)}" if names else ""
 
     def _enough(self) -> bool:
