@@ -92,13 +92,27 @@ def test_two_threads_share_a_processor_while_they_take_turns_often(load: Load) -
     assert not load.work(0.5, own=RARELY * 0.9)
 
 
-def test_what_a_thread_has_used_is_told(load: Load) -> None:
-    mine, others, all_ = thread_seconds(get_native_id()), thread_seconds(load.other), time.process_time()
-    sum(range(3_000_000))
-    assert 0 < thread_seconds(get_native_id()) - mine <= time.process_time() - all_
-    assert thread_seconds(load.other) == others, "it waits"
-    other = load.other
-    load.close()
+def test_what_a_thread_has_used_is_told() -> None:
+    used: list[float] = []
+    begun, over = Event(), Event()
+
+    def use() -> None:
+        used.append(time.thread_time())
+        begun.set()
+        over.wait()
+        used.append(time.thread_time())
+
+    thread = Thread(target=use, daemon=True)
+    thread.start()
+    begun.wait()
+    other = thread.native_id
+    assert other is not None
+    before, mine, after = time.thread_time(), thread_seconds(get_native_id()), time.thread_time()
+    others = thread_seconds(other)
+    over.set()
+    thread.join()
+    assert before <= mine <= after
+    assert used[0] <= others <= used[1]
     until(lambda: other not in threads())
     with pytest.raises(OSError, match="Invalid argument"):
         thread_seconds(other)
