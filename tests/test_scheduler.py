@@ -810,6 +810,16 @@ def test_without_quiet_all_servers_measure_at_once_and_then_all_clients() -> Non
     assert len(play.scheduler.work) == 2
 
 
+def test_a_client_that_measures_with_another_server_meanwhile_is_not_asked_twice() -> None:
+    play = Play(config_of(**AUTO, plan__quiet=False), servers=2).begin().go_on(events=2)
+    play.tell(Lost("server", 0, "it was killed"))
+    play.tell(play.joined(("server", 0)))
+    assert [(job.server, job.client) for job in opened(play, Measure)][2:] == [(0, 0), (1, 1), (1, 0)]
+    play.go_on()
+    assert len(opened(play, Measure)) == 5
+    assert play.scheduler.outcome == Finish(True, "the run is finished")
+
+
 def test_round_robin_measures_with_the_server_that_it_trains_with() -> None:
     play = Play(config_of(**AUTO, schedule__policy="round_robin"), servers=2).begin().go_on()
     assert [job.server for job in opened(play, Measure) if job.client >= 0] == [0, 0]

@@ -76,12 +76,13 @@ class Course(State):
                 pass
 
     def _open_measurements(self) -> Iterator[Instruction]:
-        measured = {(w.job.server, w.job.client) for w in self.work.values() if isinstance(w.job, Measure)}
-        if measured and self.config.plan.quiet:
+        under_way = [w.job for w in self.work.values() if isinstance(w.job, Measure)]
+        if under_way and self.config.plan.quiet:
             return
         for server, client in self.survey.due(self.servers(), self.away):
             here = client < 0 or ("client", client) in self.peers
-            if here and (server, client) not in measured:
+            # Which server is a client's changes with those that are here: it measures with one of them.
+            if here and not any(job.client == client and (client >= 0 or job.server == server) for job in under_way):
                 yield self._open(Measure(lease=self._lease(), server=server, client=client))
 
     def _open_turns(self) -> Iterator[Instruction]:
