@@ -63,7 +63,7 @@ def quantize(x: Sequence[float], bits: int) -> Coded:
     """Affine quantisation of one group, zero on the grid."""
     low, high, levels = min([0.0, *x]), max([0.0, *x]), 2**bits - 1
     s = F32((high - low) / levels)
-    z = round(float(F32(-low) / s)) if s else 0
+    z = min(round(float(F32(-low) / s)), levels) if s else 0  # the smallest floats have a scale that is rounded a lot
     codes = [max(0, min(round(float(F32(value) / s)) + z, levels)) if s else z for value in x]
     return Coded(codes, float(s), z, [], [float(F32(code - z) * s) for code in codes])
 
