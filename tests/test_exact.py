@@ -3,7 +3,7 @@
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -15,8 +15,12 @@ from torch.utils.data import TensorDataset
 
 from zsplit import from_datasets, load_config, run_here
 from zsplit.launch import Result
+from zsplit.results import open_run
 
 SAMPLES, TESTS = 70, 22
+
+SUMMED = 1e-12
+"""How far a mean of float64 sums may be off: the clients' are added in the order in which they come."""
 
 BASE = {
     "data.name": "own",
@@ -66,11 +70,17 @@ def train_split(out: Path, model: nn.Module, cut: str, clients: int, settings: S
 
 def train_plain(model: nn.Module, front: set[str], clients: int, settings: Settings) -> dict[str, Tensor]:
     """Return the last version of the reference."""
+    return reference_of(model, front, clients, settings).train()[0][-1]
+
+
+def reference_of(
+    model: nn.Module, front: set[str], clients: int, settings: Settings, val_fraction: float = 0.0
+) -> Reference:
+    """Return the reference for the clients' training data."""
     torch.set_num_threads(1)
     x, y = images(SAMPLES)
-    shards = [(x[train], y[train]) for train, _ in deal(settings.seed, SAMPLES, clients)]
-    reference = Reference(lambda: deepcopy(model), shards, settings, front, type(model).RANDOM)
-    return reference.train()[0][-1]
+    shards = [(x[train], y[train]) for train, _ in deal(settings.seed, SAMPLES, clients, val_fraction)]
+    return Reference(lambda: deepcopy(model), shards, settings, front, type(model).RANDOM)
 
 
 def names_up_to(model: nn.Module, *modules: str) -> set[str]:
@@ -202,3 +212,29 @@ def test_evaluation_sums_are_those_of_the_uncut_model(tmp_path: Path) -> None:
     assert result.summary["test_accuracy"] == right / TESTS
     loss = torch.nn.functional.cross_entropy(outputs, y).item()
     assert result.summary["test_loss"] == pytest.approx(loss, rel=1e-5)
+
+
+@pytest.mark.parametrize("optimizer_state", ["carry", "local"])
+@pytest.mark.parametrize("policy", ["round_robin", "parallel"])
+def test_rounds_that_are_evaluated_end_with_the_same_weights_and_the_figures_of_the_uncut_model(
+    policy: Literal["round_robin", "parallel"], optimizer_state: Literal["carry", "local"], tmp_path: Path
+) -> None:
+    clients, fraction = 3, 0.3
+    settings = replace(SGD, policy=policy, optimizer_state=optimizer_state, rounds=3)
+    torch.manual_seed(11)
+    model = SmallResidual()
+    result = train_split(tmp_path / "run", model, "block.add", clients, settings, **{"data.val_fraction": fraction})
+    reference = reference_of(model, names_up_to(model, "stem", "block"), clients, settings, fraction)
+    versions, losses = reference.train()
+    assert_same(result, versions[-1])
+    x, y = images(SAMPLES)
+    held_out = [validation for _, validation in deal(settings.seed, SAMPLES, clients, fraction)]
+    rounds = open_run(result.folder).rounds()
+    assert len(rounds) == settings.rounds
+    for event, version, loss in zip(rounds, versions[1:], losses, strict=True):
+        assert event.train_loss == pytest.approx(loss, rel=SUMMED)
+        scores = [reference.evaluate(version, x[own], y[own]) for own in held_out]
+        samples = sum(score.samples for score in scores)
+        assert event.val_loss == pytest.approx(sum(score.loss for score in scores) / samples, rel=SUMMED)
+        assert event.val_accuracy == sum(score.top1 for score in scores) / samples
+        assert event.val_top5 == sum(score.top5 for score in scores) / samples
