@@ -117,16 +117,19 @@ class Command:
 
 
 class Processes:
-    """Starts commands in a folder, and sees to it at the end that all their processes are gone."""
+    """Starts commands in a folder, and sees to it at the end that all their processes are gone.
+
+    `mark` is what their environment has to hold; what a test starts by itself with it belongs to them, too.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._mark = uuid.uuid4().hex
+        self.mark = {MARK: uuid.uuid4().hex}
         self.started: list[Command] = []
 
     def start(self, *arguments: str, program: Sequence[str | Path] = (ZSPLIT,), **environment: str) -> Command:
         """Start `zsplit`, or another program, with these arguments."""
-        command = Command(arguments, self.folder, {**environment, MARK: self._mark}, program)
+        command = Command(arguments, self.folder, environment | self.mark, program)
         self.started.append(command)
         return command
 
@@ -139,7 +142,7 @@ class Processes:
     def alive(self) -> list[int]:
         """Return the ids of all processes that were started here, directly or not, and have not ended."""
         started = [command.process.pid for command in self.started if command.process.poll() is None]
-        mark = f"{MARK}={self._mark}".encode()
+        mark = f"{MARK}={self.mark[MARK]}".encode()
         return sorted({*started, *(int(path.parent.name) for path in _environments() if mark in _bytes_of(path))})
 
     def gone(self, seconds: float) -> bool:

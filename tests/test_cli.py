@@ -1,14 +1,19 @@
 """The command line as a person meets it: what goes to which stream, exit codes, Ctrl-C, nothing left behind."""
 
 import json
+import os
+import select
 import signal
+import subprocess
+import sys
+import termios
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from time import monotonic
 from typing import Any, NamedTuple
 
 import pytest
-from conftest import LEAVING, QUICK, Command, Ending, Processes, is_mapped, settings, until
+from conftest import PATIENCE, QUICK, ZSPLIT, Command, Ending, Processes, is_mapped, settings, until
 
 from zsplit.config import keys, load_config
 
@@ -84,8 +89,9 @@ def test_ctrl_c_stops_everything_and_says_what_was_kept(processes: Processes) ->
     run.line(" round 2/")
     run.signal(signal.SIGINT)
     began = monotonic()
-    assert run.wait() == 1
+    assert run.wait(STOP) == 1
     assert processes.gone(STOP + began - monotonic())
+    assert monotonic() - began < STOP
     summary = json.loads((processes.folder / "out" / "summary.json").read_text())
     assert run.err == [f"zsplit: {summary['sentence']}."]
     assert f"The last version, {summary['stored'][-1][:12]}, is kept" in run.err[0]
@@ -97,10 +103,61 @@ def test_ctrl_c_before_the_run_begins_leaves_nothing_at_all(processes: Processes
     run = processes.start("run", "--no-monitor", "--out", "out", *ENDLESS)
     until(lambda: any(is_mapped("libtorch", process) for process in processes.alive()))
     run.signal(signal.SIGINT)
-    assert run.wait() == 1
-    assert processes.gone(LEAVING)
+    began = monotonic()
+    assert run.wait(STOP) == 1
+    assert processes.gone(STOP + began - monotonic())
+    assert monotonic() - began < STOP
     assert run.said == ["zsplit: stopped by SIGINT. Nothing was stored yet: start the run again."]
     assert not (processes.folder / "out").exists()
+
+
+AT_ITS_TERMINAL = """
+import os, sys
+
+os.open(os.ttyname(0), os.O_RDWR)  # a session's first terminal: what is typed there reaches it as signals
+os.execv(sys.argv[1], sys.argv[1:])
+"""
+
+HIDDEN, SEEN = b"\x1b[?25l", b"\x1b[?25h"
+"""What hides a terminal's cursor, and what shows it again."""
+
+
+def shown(keyboard: int) -> bytes:
+    """Return what was written to the terminal since, or nothing once nobody has it open."""
+    assert select.select([keyboard], [], [], PATIENCE)[0], "nothing is written to the terminal"
+    try:
+        return os.read(keyboard, 65536)
+    except OSError:
+        return b""
+
+
+def test_ctrl_c_on_the_keyboard_stops_a_run_under_its_live_screen(processes: Processes) -> None:
+    keyboard, terminal = os.openpty()
+    termios.tcsetwinsize(terminal, (30, 100))
+    run = subprocess.Popen(
+        [sys.executable, "-c", AT_ITS_TERMINAL, ZSPLIT, "run", "--out", "out", *ENDLESS],
+        cwd=processes.folder,
+        env={**os.environ, "TERM": "xterm", **processes.mark},
+        stdin=terminal,
+        stdout=terminal,
+        stderr=terminal,
+        start_new_session=True,
+    )
+    os.close(terminal)
+    screen = b""
+    while b"round 2/100000" not in screen:
+        screen += (more := shown(keyboard))
+        assert more, screen.decode()
+    os.write(keyboard, b"\x03")
+    began = monotonic()
+    after = b"".join(iter(lambda: shown(keyboard), b""))
+    os.close(keyboard)
+    assert run.wait(STOP) == 1
+    assert processes.gone(STOP + began - monotonic())
+    assert monotonic() - began < STOP
+    assert HIDDEN in screen
+    assert after.rfind(SEEN) > after.rfind(HIDDEN), "the cursor is not given back"
+    assert b"goes on with it" in after
 
 
 def test_a_run_that_is_killed_takes_its_processes_and_its_config_with_it(
