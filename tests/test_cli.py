@@ -306,8 +306,25 @@ def test_a_usage_error_is_a_sentence_and_exit_code_two(arguments: str, here: Her
     assert list(tmp_path.iterdir()) == []
 
 
-def test_debug_shows_the_traceback(processes: Processes) -> None:
-    shown = processes.run("--debug", "monitor", "--broker", "nowhere")
-    assert shown.process.returncode == 1
-    assert shown.err[0] == "Traceback (most recent call last):"
-    assert shown.err[-1].endswith("ConfigError: 'nowhere' is no address of a broker: give it as HOST:PORT")
+@pytest.mark.parametrize(
+    "arguments", ["--debug monitor --broker nowhere", "run none.toml --debug", "--debug broker none.toml"]
+)
+def test_debug_shows_the_traceback_before_the_sentence(arguments: str, here: Here) -> None:
+    code, _, err = here(*arguments.split())
+    plain = here(*arguments.replace("--debug", "").split())
+    assert (code, plain.code) == (2, 2)
+    assert err.startswith("Traceback (most recent call last):\n")
+    assert err.splitlines()[-1] == plain.err.rstrip()
+    assert plain.err.startswith("zsplit: ")
+
+
+def test_a_bug_is_called_one_in_a_sentence(here: Here, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise ZeroDivisionError("in the middle of it")
+
+    monkeypatch.setattr("zsplit.cli.keys", fail)
+    sentence = "zsplit: this is a bug: ZeroDivisionError: in the middle of it; --debug shows where.\n"
+    assert here("config") == Ending(1, "", sentence)
+    code, _, err = here("config", "--debug")
+    assert code == 1
+    assert "Traceback" in err

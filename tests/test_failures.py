@@ -155,7 +155,7 @@ def test_a_broker_that_dies_is_looked_for_by_its_peers_until_their_patience_ends
         assert peer.wait() == 1
         assert peer.err[-2:] == [
             f"the broker at {address} has been silent for {LEASE:g} s; looking for it",
-            f"zsplit: the broker at {address} has been silent for {2 * LEASE:g} s: is it still running?.",
+            f"zsplit: the broker at {address} has been silent for {2 * LEASE:g} s: is it still running?",
         ]
 
 

@@ -118,7 +118,7 @@ def test_a_run_that_is_finished_is_not_taken_up(processes: Processes, digits_run
     code, sentence = refused(processes, str(tmp_path / "out" / "config.toml"))
     assert (code, sentence) == (
         2,
-        "zsplit broker: out holds a run that is finished: choose another --out to train anew.",
+        "zsplit: out holds a run that is finished: choose another --out to train anew.",
     )
 
 
@@ -126,7 +126,7 @@ def test_a_run_of_another_config_is_refused_with_the_keys_that_differ(processes:
     code, sentence = refused(processes, *options("run.rounds=400", "train.lr=0.5", "broker.port=0"))
     assert code == 2
     assert sentence == (
-        "zsplit broker: out holds a run of another config (train.lr is 0.05 there and 0.5 here): "
+        "zsplit: out holds a run of another config (train.lr is 0.05 there and 0.5 here): "
         "resume it with its own (zsplit resume out), or choose another --out."
     )
 
@@ -171,7 +171,7 @@ def test_a_run_of_which_every_version_is_damaged_is_refused_and_nothing_is_delet
     code, sentence = refused(processes, *options("run.rounds=400", "broker.port=0"))
     assert code == 1
     assert re.match(
-        r"zsplit broker: every version in out/versions is damaged or gone \(.* does not have its digest\)", sentence
+        r"zsplit: every version in out/versions is damaged or gone \(.* does not have its digest\)", sentence
     )
     assert sorted((unfinished / "versions").glob("*" + SUFFIX)) == files
 

@@ -253,7 +253,7 @@ def test_serving_takes_no_config_of_its_own(here: Here, tmp_path: Path) -> None:
     code, _, err = here("broker", "x.toml", "--serve", "run")
     assert (code, err) == (
         2,
-        "zsplit broker: --serve takes all from the run's folder: leave CONFIG, --plan, --out, --resume out.\n",
+        "zsplit: --serve takes all from the run's folder: leave CONFIG, --plan, --out, --resume out.\n",
     )
 
 

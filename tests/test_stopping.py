@@ -191,14 +191,14 @@ def test_a_folder_without_a_run_cannot_be_resumed(here: Here, tmp_path: Path) ->
     no_config = "empty is no run's folder, it has no config.toml: give one such as runs/digits-1.\n"
     assert here("resume", "gone") == Ending(2, "", f"zsplit: {no_run}")
     assert here("resume", "empty") == Ending(2, "", f"zsplit: {no_config}")
-    assert here("broker", "--resume", "gone") == Ending(2, "", f"zsplit broker: {no_run}")
-    assert here("broker", "--resume", "empty") == Ending(2, "", f"zsplit broker: {no_config}")
+    assert here("broker", "--resume", "gone") == Ending(2, "", f"zsplit: {no_run}")
+    assert here("broker", "--resume", "empty") == Ending(2, "", f"zsplit: {no_config}")
 
 
 @pytest.mark.parametrize("options", ["own.toml", "--set train.lr=1", "--plan plan.json", "--out out"])
 def test_a_broker_that_resumes_takes_all_from_the_folder(options: str, here: Here) -> None:
     assert here("broker", *options.split(), "--resume", "out") == Ending(
-        2, "", "zsplit broker: --resume takes all from the run's folder: leave CONFIG, --set, --plan, --out out.\n"
+        2, "", "zsplit: --resume takes all from the run's folder: leave CONFIG, --set, --plan, --out out.\n"
     )
 
 

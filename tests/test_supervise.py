@@ -32,7 +32,7 @@ def end(number, _):
 for number in (signal.SIGINT, signal.SIGTERM):
     signal.signal(number, end)
 if (folder / "refuse").exists():
-    print("zsplit broker: the journal is damaged", file=sys.stderr)
+    print("zsplit-broker: the journal is damaged", file=sys.stderr)
     sys.exit(2)
 if (folder / "wait").exists():
     (folder / "waits").touch()
@@ -215,7 +215,7 @@ def test_one_that_is_being_started_is_stopped_at_once(watched: Callable[..., Wat
 @pytest.mark.parametrize(
     ("text", "sentence", "code"),
     [
-        ("import sys\nprint('zsplit broker: no room', file=sys.stderr)\nsys.exit(2)", "no room", 2),
+        ("import sys\nprint('zsplit-broker: no room', file=sys.stderr)\nsys.exit(2)", "no room", 2),
         ("import os\nos.kill(os.getpid(), 9)", "the broker was killed by SIGKILL", 1),
         ("", "The broker did not start.", 1),
     ],

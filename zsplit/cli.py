@@ -1,13 +1,11 @@
-"""The command line: it knows everybody, and puts them together. An error is one sentence, never a traceback."""
+"""The command line: it knows everybody, and puts them together."""
 
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import click
 
-from zsplit import crash
 from zsplit.after_cli import eval_command, export, predict
 from zsplit.config import keys
 from zsplit.cuts_cli import cuts
@@ -17,6 +15,7 @@ from zsplit.options import allow_option, device_option, json_option, say
 from zsplit.planning_cli import plan, profile
 from zsplit.results_cli import compare, sweep
 from zsplit.run_cli import resume, run, stop, view_of
+from zsplit.shell import debug_option, run_command
 from zsplit_broker.__main__ import broker
 
 DEFAULT_BROKER = "127.0.0.1:5757"
@@ -30,9 +29,9 @@ connect_option = click.option(
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
-@click.option("--debug", is_flag=True, help="Show tracebacks.")
+@debug_option
 @click.version_option(package_name="zsplit")
-def cli(debug: bool) -> None:
+def cli() -> None:
     """Split learning over ZeroMQ: one model, trained across machines that may not share their data.
 
     `zsplit run` trains on this machine. On many: `zsplit broker` on one, `zsplit server` where the GPU is,
@@ -124,24 +123,5 @@ def config_command(as_json: bool) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Entry point of `zsplit`: exit code 0 is success, 2 a usage or config error, 1 everything else."""
-    debug = "--debug" in (arguments if arguments is not None else sys.argv[1:])
-    try:
-        crash.arm()
-        cli(arguments, prog_name="zsplit", standalone_mode=False)
-    except click.ClickException as error:
-        error.show()
-        sys.exit(error.exit_code)
-    except (click.Abort, KeyboardInterrupt):
-        click.echo("zsplit: interrupted.", err=True)
-        sys.exit(130)
-    except ZsplitError as error:
-        if debug:
-            raise
-        click.echo(f"zsplit: {str(error).rstrip('.')}.", err=True)
-        sys.exit(error.exit_code)
-    except Exception as error:
-        if debug:
-            raise
-        click.echo(f"zsplit: this is a bug: {type(error).__name__}: {error}. --debug shows where.", err=True)
-        sys.exit(1)
+    """Entry point of `zsplit`."""
+    run_command(cli, "zsplit", arguments)

@@ -11,6 +11,12 @@ class ZsplitError(Exception):
 
     exit_code = 1
 
+    @property
+    def sentence(self) -> str:
+        """What is wrong and what to do, with a full stop at its end."""
+        text = str(self)
+        return text if text.endswith((".", "?")) else f"{text}."
+
 
 class ConfigError(ZsplitError):
     """The config or the command line asks for something that cannot be."""

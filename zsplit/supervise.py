@@ -138,7 +138,7 @@ class Broker:
         if self._words or self._process is None or self._code is None:
             return self._words
         assert self._process.stderr is not None
-        said = self._process.stderr.read().strip().rpartition("\n")[2].removeprefix("zsplit broker: ")
+        said = self._process.stderr.read().strip().rpartition("\n")[2].removeprefix("zsplit-broker: ")
         self._words = said or (f"{self.name} {death(self._code)}" if self._code else "")
         return self._words
 

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 
 import click
 
-from zsplit import crash
 from zsplit.config import Config, load_config
-from zsplit.errors import ConfigError, ZsplitError
+from zsplit.errors import ConfigError
+from zsplit.shell import debug_option, run_command
 
 if TYPE_CHECKING:
     from zsplit_broker.events import Finish
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 )
 @click.option("--json", "as_json", is_flag=True, help="Say where the broker listens as one line of JSON.")
 @click.option("--attached", is_flag=True, help="Stop when the standard input ends.")
-@click.option("--debug", is_flag=True, help="Show tracebacks.")
+@debug_option
 def broker(
     config: Path | None,
     overrides: tuple[str, ...],
@@ -48,25 +48,17 @@ def broker(
     serve: Path | None,
     as_json: bool,
     attached: bool,
-    debug: bool,
 ) -> None:
     """Hold a run's CONFIG and hand it out, route its tensors, decide whose turn it is."""
-    try:
-        crash.arm()
-        if serve is not None:
-            if config or plan or out or resume:
-                raise ConfigError("--serve takes all from the run's folder: leave CONFIG, --plan, --out, --resume out.")
-            sys.exit(_serve(serve, overrides, as_json, attached))
-        if resume is not None:
-            if config or plan or out or overrides:
-                raise ConfigError("--resume takes all from the run's folder: leave CONFIG, --set, --plan, --out out.")
-            sys.exit(_resume(resume.expanduser(), as_json, attached))
-        sys.exit(_run(load_config(config, with_plan(overrides, plan)), out, as_json, attached))
-    except ZsplitError as error:
-        if debug:
-            raise
-        click.echo(f"zsplit broker: {error}", err=True)
-        sys.exit(error.exit_code)
+    if serve is not None:
+        if config or plan or out or resume:
+            raise ConfigError("--serve takes all from the run's folder: leave CONFIG, --plan, --out, --resume out.")
+        sys.exit(_serve(serve, overrides, as_json, attached))
+    if resume is not None:
+        if config or plan or out or overrides:
+            raise ConfigError("--resume takes all from the run's folder: leave CONFIG, --set, --plan, --out out.")
+        sys.exit(_resume(resume.expanduser(), as_json, attached))
+    sys.exit(_run(load_config(config, with_plan(overrides, plan)), out, as_json, attached))
 
 
 def with_plan(overrides: tuple[str, ...], plan: str) -> tuple[str, ...]:
@@ -114,7 +106,7 @@ def _ended(outcome: "Finish") -> int:
 
 def main() -> None:
     """Entry point of `zsplit-broker`."""
-    broker(prog_name="zsplit-broker")
+    run_command(broker, "zsplit-broker")
 
 
 if __name__ == "__main__":
