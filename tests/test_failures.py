@@ -15,10 +15,12 @@ import pytest
 import torch
 import zmq
 from conftest import QUICK, Command, Ending, Processes, settings, until, writer_of
+from nets import images
 from torch import Tensor, nn
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, TensorDataset
 
 from zsplit import from_datasets, load_config, run_here
+from zsplit.errors import ConfigError
 from zsplit.wire.frames import decode_control, decode_data, encode
 from zsplit.wire.messages import PROTOCOL, Detached, Lease, Refused, TensorMeta, Tensors, Welcome
 from zsplit_broker.versions import Versions
@@ -65,6 +67,50 @@ def test_a_port_in_use_is_named_with_the_key_to_change(command: str, processes: 
         "or any with --set broker.port=0."
     ) in sentence
     assert list(processes.folder.iterdir()) == []
+
+
+@pytest.mark.parametrize("key", ["broker.data_port", "broker.events_port"])
+def test_of_three_ports_the_one_in_use_is_named(key: str, here: Here, tmp_path: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        code, out, err = here("broker", *settings("broker.port=0", f"{key}={port}"), "--out", "out")
+    assert (code, out) == (2, "")
+    assert err.startswith(
+        f"zsplit: Port {port} is in use, by another broker perhaps: choose a free one with --set {key}=N"
+    )
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_address_that_is_not_this_machine_s_is_named_with_its_key(here: Here, tmp_path: Path) -> None:
+    code, out, err = here("broker", *settings("broker.host=192.0.2.1", "broker.port=7000"), "--out", "out")
+    assert (code, out) == (2, "")
+    sentence = r"zsplit: Cannot listen on 192\.0\.2\.1:7000 \(.+\): check broker\.host and broker\.port\.\n"
+    assert re.fullmatch(sentence, err)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_monitor_whose_broker_is_gone_says_so_in_the_end(processes: Processes) -> None:
+    broker = processes.start("broker", *settings("broker.port=0"), "--out", "out")
+    address = broker.line("The broker listens at ").split()[4].rstrip(";")
+    monitor = processes.start("monitor", "--broker", address, "--connect-seconds", "2")
+    monitor.line("run digits waiting")
+    broker.process.kill()
+    assert monitor.wait() == 1
+    assert monitor.err[-1] == f"zsplit: The broker at {address} has fallen silent: is it still running?"
+
+
+def test_objects_of_a_script_that_no_other_process_can_have_are_refused(tmp_path: Path) -> None:
+    class Hidden(nn.Linear):
+        pass
+
+    data = from_datasets(TensorDataset(*images(8)), TensorDataset(*images(2)), classes=10)
+    with pytest.raises(
+        ConfigError, match=r"cannot be handed to other processes .*Hidden.*at the top level of a module"
+    ):
+        run_here(load_config(None, {"broker.port": 0}), str(tmp_path / "out"), Hidden(64, 10), data)
+    assert list(tmp_path.iterdir()) == []
 
 
 class Waiting(NamedTuple):
