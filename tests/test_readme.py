@@ -115,6 +115,16 @@ def test_every_command_and_option_in_the_prose_exists(page: Path) -> None:
             assert words[0] in options(), f"{page.name} names `{code}`"
 
 
+def test_a_folder_that_a_command_reads_is_one_that_another_has_made_before() -> None:
+    made: set[str] = set()
+    for arguments in shown(README, "zsplit"):
+        out = str(parsed(arguments).params.get("out"))
+        for folder in re.findall(r"\b[a-z-]+-(?:run|sweep)\b", " ".join(arguments)):
+            assert (folder in made) == (folder != out), f"zsplit {shlex.join(arguments)}"
+            made.add(folder)
+    assert made
+
+
 def test_a_config_that_a_command_names_is_in_the_repository() -> None:
     for arguments in shown(README, "zsplit"):
         config = parsed(arguments).params.get("config")
@@ -125,7 +135,7 @@ def test_a_config_that_a_command_names_is_in_the_repository() -> None:
 def test_every_make_target_that_is_shown_is_in_the_makefile(page: Path) -> None:
     targets = re.findall(r"^([a-z]+):", text_of(ROOT / "Makefile"), re.MULTILINE)
     named = [words[0] for words in shown(page, "make")] + [
-        code.removeprefix("make ") for code in inline(page) if code.startswith("make ")
+        code.split()[1] for code in inline(page) if code.startswith("make ")
     ]
     assert set(named) <= set(targets)
 
@@ -143,6 +153,19 @@ def test_the_readme_s_python_runs_as_printed_and_leaves_the_files_it_lists(tmp_p
     assert done.stdout.splitlines()[-1].startswith("the run is finished ")
     listed = re.findall(r"^\| `([\w./]+)` \|", text_of(README), re.MULTILINE)
     assert sorted(listed) == sorted(path.name + "/" * path.is_dir() for path in (tmp_path / "points-run").iterdir())
+
+
+def test_the_example_trains(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, ROOT / "examples" / "own_model.py"], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    cuts, ending = done.stdout.splitlines()[:4], done.stdout.splitlines()[-1]
+    assert cuts == ["0 hidden.0 (64,)", "1 hidden.1 (64,)", "2 hidden.2 (64,)", "3 hidden.3 (64,)"]
+    said = re.fullmatch(r"the run is finished ([\d.]+) runs/spirals-1", ending)
+    assert said, ending
+    assert float(said[1]) > 0.9  # a third by chance
+    assert (tmp_path / "runs/spirals-1/model.safetensors").is_file()
 
 
 def test_names_of_the_python_interface_in_the_pages_exist() -> None:
