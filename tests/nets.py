@@ -119,6 +119,8 @@ def dropping(_: int, __: tuple[int, ...]) -> nn.Module:
 class Idle(nn.Module):
     """Behind `fc1` are a parameter that the forward pass does not use, a frozen one, and none at all behind `relu`."""
 
+    RANDOM = ()
+
     def __init__(self) -> None:
         super().__init__()
         self.flatten = nn.Flatten()

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import pytest
 import torch
-from nets import Normed, Plain, SmallResidual, images
+from nets import Idle, Normed, Plain, SmallResidual, images
 from reference import Reference, Settings, deal, derive
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -167,6 +167,22 @@ def test_where_the_model_is_cut_changes_no_bit(cut: str, tmp_path: Path) -> None
     model = SmallResidual()
     result = train_split(tmp_path / "run", model, cut, 1, settings)
     assert_same(result, train_plain(model, set(), 1, settings))
+
+
+@pytest.mark.parametrize("settings", [SGD, ADAM], ids=["sgd", "adam"])
+@pytest.mark.parametrize("policy", ["round_robin", "parallel"])
+def test_a_parameter_that_gets_no_gradient_gets_no_buffers(
+    policy: Literal["round_robin", "parallel"], settings: Settings, tmp_path: Path
+) -> None:
+    settings = replace(settings, policy=policy)
+    torch.manual_seed(11)
+    model = Idle()
+    result = train_split(tmp_path / "run", model, "fc1", 2, settings)
+    expected = train_plain(model, names_up_to(model, "fc1"), 2, settings)
+    assert_same(result, expected)
+    buffers = {name for name in expected if name.startswith("optimizer/")}
+    assert any(name.endswith("/fc2.weight") for name in buffers)
+    assert not any(name.endswith(("/unused", "/fc2.bias")) for name in buffers)
 
 
 def test_a_model_named_in_the_config_is_built_from_the_seed(tmp_path: Path) -> None:
