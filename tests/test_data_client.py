@@ -131,11 +131,13 @@ class TestClientData:
 
 
 class Slow(Dataset[Any]):
-    """Samples that take a millisecond of a clock of their own each; `asked` says in which thread each was loaded."""
+    """Samples that take a millisecond of a clock of their own each. `asked` says in which thread each was loaded,
+    `threads` how many torch would have used there."""
 
     def __init__(self, samples: int, seconds: float = 0.001, draw: bool = False) -> None:
         self.samples, self.seconds, self.draw = samples, seconds, draw
         self.asked: list[tuple[int, str]] = []
+        self.threads: set[int] = set()
         self.now = 0.0
         self.broken = -1
 
@@ -145,6 +147,7 @@ class Slow(Dataset[Any]):
     def __getitem__(self, index: int) -> Any:
         self.now += self.seconds
         self.asked.append((index, threading.current_thread().name))
+        self.threads.add(torch.get_num_threads())
         if index == self.broken:
             raise DataError(f"sample {index} is damaged")
         return torch.rand(1) if self.draw else torch.full((1,), float(index)), 0
@@ -180,6 +183,23 @@ class TestPrefetch:
             expected = [plain.train_batch(*place)[0][:, 0].tolist() for place in ((0, 1), (1, 0), (1, 1))]
         assert dataset.ahead() == [index for batch in expected for index in batch]
         assert len(dataset.asked) == 8
+
+    def test_a_batch_is_loaded_with_one_thread_wherever_that_is_and_the_trainer_keeps_its_own(self) -> None:
+        before = torch.get_num_threads()
+        torch.set_num_threads(3)
+        try:
+            with prefetch(dataset := Slow(4)) as (ahead, _):
+                for step in range(2):
+                    ahead.train_batch(0, step)
+                    assert torch.get_num_threads() == 3
+                dataset.broken = dataset.asked[0][0]
+                with pytest.raises(DataError):
+                    ahead.train_batch(0, 0)
+                assert torch.get_num_threads() == 3
+        finally:
+            torch.set_num_threads(before)
+        assert dataset.ahead()
+        assert dataset.threads == {1}
 
     def test_nothing_is_loaded_behind_the_last_round(self) -> None:
         with prefetch(dataset := Slow(2), rounds=1) as (ahead, _):

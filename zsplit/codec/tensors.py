@@ -28,8 +28,15 @@ def tensor_of(frame: memoryview, dtype: torch.dtype) -> Tensor:
 
 
 def aligned(flat: Tensor) -> Tensor:
-    """Return the tensor: where it is, if that is aligned as torch's own, else a copy."""
-    return flat.clone() if flat.data_ptr() % ALIGNMENT else flat
+    """Return the CPU tensor: where it is, if that is aligned as torch's own, else a copy.
+
+    The copy is made without torch's threads, which the trainer needs meanwhile.
+    """
+    if flat.data_ptr() % ALIGNMENT == 0:
+        return flat
+    copy = torch.empty_like(flat)
+    to_bytes(copy).numpy()[:] = to_bytes(flat).numpy()
+    return copy
 
 
 def to_bytes(tensor: Tensor) -> Tensor:

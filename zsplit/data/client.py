@@ -20,6 +20,7 @@ from zsplit.data.augment import draws_of
 from zsplit.data.images import Data, gather
 from zsplit.data.labels import labels_of
 from zsplit.data.partition import permutation, shards
+from zsplit.data.threads import one_thread
 from zsplit.errors import ConfigError
 
 Part = Literal["train", "validation", "test"]
@@ -187,7 +188,8 @@ class Prefetch:
 
     def _load(self, place: Place) -> Batch:
         began = self._clock()
-        batch = self._data.train_batch(*place)
+        with one_thread():  # here too, so that a batch has the same bits wherever it is loaded
+            batch = self._data.train_batch(*place)
         self._seconds = self._clock() - began
         return batch
 

@@ -57,10 +57,11 @@ class Arriving:
         self.manifest = manifest
         self._wanted = wanted
         self._buffer = torch.empty(manifest.nbytes, dtype=torch.uint8)  # pages that nobody writes cost nothing
+        self._memory = self._buffer.numpy().data  # written without torch's threads, which the trainer needs meanwhile
 
     def write(self, offset: int, data: memoryview) -> None:
         if data.nbytes:
-            self._buffer[offset : offset + data.nbytes] = torch.frombuffer(data, dtype=torch.uint8)
+            self._memory[offset : offset + data.nbytes] = data
 
     def finish(self) -> Tensors:
         """Return the wanted tensors. Raises RemoteProtocolError where one is not what the manifest names."""
