@@ -152,7 +152,7 @@ def test_a_journal_of_a_newer_format_is_refused(processes: Processes, unfinished
     file.write_bytes(b"".join(lines))
     code, sentence = refused(processes, *options("run.rounds=400", "broker.port=0"))
     assert code == 1
-    assert sentence.endswith("is a journal of a newer format (99; this zsplit reads 1): use zsplit >= 9.0")
+    assert sentence.endswith("is a journal of a newer format (99; this zsplit reads 1): use zsplit >= 9.0.")
 
 
 def damage(file: Path) -> None:
