@@ -44,6 +44,13 @@ def live(rank: int, size: int, port: int) -> None:
     os.environ.update(meeting(rank, size, port))
     torch.set_num_threads(1)
     follow(Team.join(), "cpu", allowed=["nets"])
+    assert not threads_of_gloo()
+
+
+def threads_of_gloo() -> list[str]:
+    """Return the threads of this process that send and receive for torch.distributed."""
+    names = [task.read_text().strip() for task in Path("/proc/self/task").glob("*/comm")]
+    return [name for name in names if "gloo" in name]
 
 
 @pytest.fixture(scope="module", params=[2, 3])
@@ -58,8 +65,10 @@ def team(request: pytest.FixtureRequest) -> Iterator[Team]:
         for name, value in meeting(0, size, port).items():
             patch.setenv(name, value)
         joined = Team.join()
+    assert threads_of_gloo()
     yield joined
     joined.leave()
+    assert not threads_of_gloo()
     for process in others:
         process.join(30)
         assert process.exitcode == 0

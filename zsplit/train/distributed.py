@@ -43,6 +43,11 @@ class Share:
         half.count_with(self._here.elements)
         self._joint: DistributedDataParallel | None = None
         self._made: dict[int, Made] = {}
+        team.held_by(self)
+
+    def let_go(self) -> None:
+        """Drop what adds up gradients."""
+        self._joint = None
 
     def forget(self) -> None:
         """Forget slices that never went back."""

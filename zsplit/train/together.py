@@ -5,13 +5,19 @@ other, and each command says which tensors follow it. All of it travels with tor
 """
 
 import os
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from typing import Protocol
 
 import msgspec
 import torch
 import torch.distributed as dist
+
+# Imported later, as DistributedDataParallel does, its functions would hold the process group as a default argument, and
+# `Team.leave` could not end it.
+import torch.distributed.nn
 from torch import Tensor
 
 from zsplit.codec import DTYPES, NAMES
@@ -89,11 +95,19 @@ class End(Command, frozen=True):
 Told = Begin | Make | Load | Call | Forward | Backward | End
 
 
+class Holder(Protocol):
+    """What has torch objects that hold the process group."""
+
+    def let_go(self) -> None:
+        """Drop them; nothing is computed any more."""
+
+
 class Team:
     """The processes of one server; `rank` is this one's number, and 0 leads."""
 
     def __init__(self, rank: int, size: int, local: int = 0) -> None:
         self.rank, self.size, self._local = rank, size, local
+        self._holders = weakref.WeakSet[Holder]()
 
     @classmethod
     def join(cls, environment: Mapping[str, str] = os.environ) -> "Team":
@@ -106,10 +120,20 @@ class Team:
     def leads(self) -> bool:
         return self.rank == 0
 
+    def held_by(self, holder: Holder) -> None:
+        """Have this one let go when the processes part."""
+        self._holders.add(holder)
+
     def leave(self) -> None:
-        """End what `join` began; the first process tells the others."""
+        """End what `join` began, its threads included; the first process tells the others.
+
+        A thread of gloo's that were still there when the interpreter ends, and had a tensor to let go of, would abort
+        the process: torch has it wait for an interpreter that is no more (github.com/pytorch/pytorch/issues/190489).
+        """
         if self.leads:
             self.tell(End())
+        for holder in self._holders:
+            holder.let_go()
         dist.destroy_process_group()
 
     def device(self, asked: str) -> torch.device:
