@@ -433,6 +433,22 @@ def test_a_peer_that_beats_lives_and_one_that_does_not_is_lost() -> None:
     assert desk.router.session(silent.token) is None
 
 
+def test_the_clock_is_looked_at_every_half_beat_and_when_a_lease_ends() -> None:
+    desk = Desk(link__lease_seconds=10.0, link__beat_seconds=4.0)
+    assert desk.router.next_tick(desk.now) == desk.now + 2.0
+    quick, silent = desk.join("client", 0), desk.join("client", 1)
+    end = desk.now + 10.0
+    assert desk.after(9.0) == []
+    desk.beat(quick)
+    assert desk.router.next_tick(desk.now) == end
+    desk.now = end
+    assert desk.router.tick(desk.now) == []
+    desk.now += 0.001
+    assert [type(event) for event in desk.router.tick(desk.now)] == [Lost]
+    assert desk.router.session(silent.token) is None
+    assert desk.router.next_tick(desk.now) == desk.now + 2.0
+
+
 def test_a_peer_that_beats_without_progress_is_lost_when_it_should_be_running() -> None:
     stage = Stage(link__progress_seconds=5.0)
     client, turn = stage.clients[0], stage.turns[0]

@@ -259,10 +259,10 @@ class Broker:
         if now >= self._next_tick:
             if now > self._next_tick + 2 * self.config.link.beat_seconds or self.full is not None:
                 self._forgiven = now  # it was stopped itself, or could write nothing: nobody was waited for
-            self._next_tick = now + self.config.link.beat_seconds / 2
             for session in self.router.silent(now):
                 self._send(session.control, self.router.orders(session, now=now))  # fails where it is gone
             self.news += self.router.tick(now)
+            self._next_tick = self.router.next_tick(now)
             at_work = self.router.relay.at_work()
             overdue = self.scheduler.overdue(now, self._forgiven, at_work) if self.full is None else None
             if overdue is not None:

@@ -279,6 +279,12 @@ class Router:
         ]
         return [*lost, *self._absent(now, {(event.role, event.index) for event in lost})]
 
+    def next_tick(self, now: float) -> float:
+        """Return when to tick again: after half a beat, or when the first lease can have ended, if that is sooner."""
+        link = self.config.link
+        ends = (session.seen + link.lease_seconds for session in self.sessions.values())
+        return min([now + link.beat_seconds / 2, *ends])
+
     def _absent(self, now: float, lost: set[Peer]) -> Iterator[Lost]:
         """Yield the peers of the broker before this one that have not come back within their lease."""
         self._absent_since = now if self._absent_since is None else self._absent_since
