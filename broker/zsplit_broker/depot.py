@@ -114,9 +114,10 @@ class Depot:
         if isinstance(error, RemoteProtocolError) and digest in self._intakes:
             self._begin_anew(self._intakes[digest].ref)
             return None
-        if error is not None and (digest in self._intakes or not isinstance(error, DiskFullError)):
+        given_up = digest not in self._intakes and isinstance(error, DiskFullError | RemoteProtocolError)
+        if error is not None and not given_up:
             raise error
-        if error is not None or kind == PIECE.strip():
+        if given_up or kind == PIECE.strip():
             return None
         self._intakes.pop(digest, None)
         crash.at("broker.stored")

@@ -9,7 +9,7 @@ folder synced. Nothing here starts a thread.
 import os
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from itertools import count
 from pathlib import Path
 from threading import Lock
@@ -186,7 +186,8 @@ class Draft:
     """A version on its way to the disk: `write` until all is there, then `commit`; or `abort`.
 
     One thread at a time. The first write takes up the space of the whole file, so that a full disk shows at once. What
-    comes in order is checked as it comes; otherwise `commit` reads it back.
+    comes in order is checked as it comes; otherwise `commit` reads it back. After a StorageError, `write` and `commit`
+    raise it again: what could not be written then would be missing in the version.
     """
 
     def __init__(self, manifest: Manifest, temporary: Path, publish: Callable[[Path, int, str], None]) -> None:
@@ -196,6 +197,7 @@ class Draft:
         self._publish = publish
         self._descriptor = -1
         self._over = False
+        self._failed: StorageError | None = None
         self._check = _Check(manifest)
 
     def write(self, offset: int, data: bytes | memoryview) -> None:
@@ -246,8 +248,16 @@ class Draft:
             write_all(self._descriptor, self._head, 0)
         return self._descriptor
 
-    def _errors(self) -> AbstractContextManager[None]:
-        return storage_errors(self._temporary.parent, self.manifest.nbytes, _INTACT)
+    @contextmanager
+    def _errors(self) -> Iterator[None]:
+        if self._failed is not None:
+            raise self._failed
+        try:
+            with storage_errors(self._temporary.parent, self.manifest.nbytes, _INTACT):
+                yield
+        except StorageError as error:
+            self._failed = error
+            raise
 
 
 def _head(manifest: Manifest, text: str) -> bytes:
