@@ -1,6 +1,7 @@
 """Whatever is lost is done again, and what was done once counts once: the scheduler under any losses and restarts."""
 
 from collections import Counter
+from collections.abc import Callable
 from random import Random
 
 import msgspec
@@ -20,10 +21,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from zsplit.wire.events import LogEvent
-from zsplit.wire.messages import Merge, Ref, Role, Turn
+from zsplit.wire.messages import Evaluate, Job, Merge, Ref, Role, Turn
 from zsplit_broker.bulletin import Bulletin
 from zsplit_broker.events import (
     Damaged,
+    Discard,
     Done,
     Draining,
     Event,
@@ -32,9 +34,11 @@ from zsplit_broker.events import (
     Lost,
     Missed,
     Open,
+    Ready,
     Started,
     Stopped,
     Store,
+    Stored,
 )
 from zsplit_broker.router import Router
 from zsplit_broker.scheduler import Scheduler, restore
@@ -358,6 +362,44 @@ def test_a_damaged_version_is_left_for_the_one_before_it() -> None:
     assert lineage(play.go_on().scheduler) == lineage(calm)
 
 
+def putting_off(play: Play, kind: type[Job | Stored]) -> Callable[[list[Event]], Event]:
+    """Return how to choose the first event that is due, one of this kind only where there is no other."""
+
+    def is_put_off(event: Event) -> bool:
+        of_a_job = isinstance(event, Ready | Done)
+        return isinstance(play.scheduler.work[event.lease].job if of_a_job else event, kind)
+
+    return lambda due: min(due, key=is_put_off)
+
+
+@pytest.mark.parametrize("late", [Stored, Evaluate])
+@pytest.mark.parametrize("shape", [{}, {"run__commit_every": 1}, {"schedule__policy": "parallel"}], ids=str)
+def test_a_version_that_is_damaged_at_any_time_costs_the_run_nothing_but_time(
+    shape: dict[str, object], late: type[Job | Stored]
+) -> None:
+    config = config_of(**WAITING | {"schedule__policy": "round_robin"} | shape)
+    calm = undisturbed(Play(config))
+
+    def until(point: int) -> Play:
+        play = Play(config).begin()
+        play.go_on(putting_off(play, Evaluate), events=point)
+        return play
+
+    point = anew = 0
+    while (now := until(point).scheduler).outcome is None:
+        for digest in now.stored if len(now.stored) > 1 else []:
+            play = until(point)
+            play.tell(Started(2))
+            said = play.tell(Damaged(digest, "its bytes are others"))
+            anew += any(isinstance(each, Store) for each in said)
+            play.go_on(putting_off(play, late))
+            assert play.scheduler.outcome == Finish(True, "the run is finished")
+            assert lineage(play.scheduler) == lineage(calm)
+            assert play.scheduler.stored[-1] == calm.stored[-1]
+        point += 1
+    assert anew > 20, "who has it still is asked for it"
+
+
 @pytest.mark.parametrize("policy", ["parallel", "round_robin", "async"])
 def test_draining_ends_the_run_when_the_version_of_the_round_is_stored(policy: str) -> None:
     reset = {"schedule__optimizer_state": "reset"} if policy == "async" else {}
@@ -374,6 +416,21 @@ def test_draining_ends_the_run_when_the_version_of_the_round_is_stored(policy: s
     for peer in play.peers:
         play.tell(play.joined(peer))
     assert play.go_on().scheduler.outcome == Finish(True, "the run is finished")
+
+
+def test_draining_waits_for_a_version_that_is_stored_again() -> None:
+    play = Play(config_of(**WAITING, schedule__min_clients=3)).begin().go_on(events=2)
+    play.tell(Lost("client", 1, "it was killed"))
+    play.tell(Missed(1, "it did not come back"))
+    without(play, 1)
+    assert play.scheduler.waits_for().startswith("the run needs more clients")
+    version = play.scheduler.base()
+    play.tell(Started(2))
+    assert play.tell(Damaged(version.digest, "its bytes are others")) == [Discard(version.digest), Store(version)]
+    assert play.tell(Draining("stopped by SIGTERM")) == []
+    (finish,) = play.tell(Stored(version.digest))
+    assert isinstance(finish, Finish)
+    assert finish.sentence.startswith(f"stopped by SIGTERM. The last version, {version.digest[:12]}, is kept (1 of 3")
 
 
 def test_draining_before_there_is_a_version_ends_the_run_at_once() -> None:

@@ -34,6 +34,11 @@ class Archive:
         self.stored = [other for other in self.stored if other != digest]
         self._ordered = [other for other in self._ordered if other in self.stored or other in self.storing]
 
+    def store_again(self, ref: Ref) -> None:
+        """The file of a stored version must not be used: it is on its way anew, and as old as it was."""
+        self.stored = [other for other in self.stored if other != ref.digest]
+        self.storing[ref.digest] = ref
+
     def written(self, digest: str, needed: Collection[str] = ()) -> Iterator[str]:
         """A version is on the disk; yield those that nothing needs any more."""
         if self.storing.pop(digest, None) is None:

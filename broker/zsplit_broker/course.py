@@ -168,7 +168,7 @@ class Course(State):
                 return (yield from self._end_merge())
             case "validating":
                 return (yield from self._end_round())
-            case "testing" if not self.work and not any(True for _ in self.evaluations_due()):
+            case "testing" if self._is_kept() and not self.work and not any(True for _ in self.evaluations_due()):
                 yield from self._finish(True, "the run is finished")
         return False
 
@@ -208,7 +208,7 @@ class Course(State):
         if not self.unsettled and self.trained:
             self.phase = "testing"
             return True
-        if not self.unsettled and self.draining:
+        if not self.unsettled and self.draining and self._is_kept():
             yield from self._finish(False, self.ended(self.draining))
         return False
 
@@ -327,6 +327,10 @@ class Course(State):
         """A turn is in a version now, or discarded as too old: from here on its figures count."""
         done = self.finished.pop(client)
         self.books.count(done.turn, done.client, done.server, self.round)
+
+    def _is_kept(self) -> bool:
+        """Whether the version is on the disk; one that was is stored again where its file turned out damaged."""
+        return self.base().digest in self.stored
 
     def _store(self, mark: Mark) -> Store:
         """Have the version stored, and remember where training stood."""

@@ -257,17 +257,18 @@ class Scheduler(Course):
             if digest in self.storing:  # it was found on the disk, and read in vain: its holder has it
                 yield Store(self.storing[digest])
             return
-        self.archive.remove(digest)
         yield from self._close_all(
             work for work in self.work.values() if Ref(digest=digest, holder=ON_DISK) in refs_of(work.job)
         )
         needed = [ref for ref in (self.version, *self.unsettled.values()) if ref is not None and ref.digest == digest]
         yield Discard(digest)
-        if any(ref.holder == ON_DISK for ref in needed):
-            yield from self._roll_back()
-        elif needed:
-            self.archive.store(needed[0])  # somebody has it still
+        if needed and all(ref.holder != ON_DISK for ref in needed):  # somebody has it still
+            self.archive.store_again(needed[0])
             yield Store(needed[0])
+        else:
+            self.archive.remove(digest)
+            if needed:
+                yield from self._roll_back()
         yield from self.proceed()
 
     # Going on without a client

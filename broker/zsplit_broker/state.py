@@ -337,6 +337,8 @@ class State:
         assert self.finished.keys() >= self.contributions.keys(), "a contribution without its figures"
         assert all(lease.epoch <= self.epoch for lease in self.work), "a lease from a later epoch"
         assert (self.phase == "finished") == (self.outcome is not None)
+        if self.outcome is not None and self.outcome.ok:
+            assert self.stored[-1] == self.base().digest, "what the run came to is not the last on the disk"
         if self.phase in ("waiting", "finished"):
             assert not self.work, f"work is open while {self.phase}"
         elif self.phase == "planning":
