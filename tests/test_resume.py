@@ -193,6 +193,32 @@ def test_a_damaged_version_is_said_and_the_one_before_it_used(processes: Process
     assert "`zsplit resume out` goes on with it" in broker.err[-1]
 
 
+def test_a_version_that_is_damaged_while_it_is_tested_is_stored_again_by_the_server_that_has_it(
+    processes: Processes, tmp_path: Path, undisturbed: list[str]
+) -> None:
+    port = free_port()
+    address = f"127.0.0.1:{port}"
+    keys = options(f"broker.port={port}", "run.eval_every=0")
+    crash = {"ZSPLIT_TEST_FAULTS": "1", "ZSPLIT_CRASH_AT": "client.evaluate", "ZSPLIT_CRASH_ONCE": str(tmp_path / "o")}
+    broker = processes.start("broker", *keys, "--out", "out")
+    broker.line("listens")
+    others = [processes.start(*words.split(), "--broker", address) for words in ("server", "client -i 0")]
+    assert processes.start("client", "-i", "1", "--broker", address, **crash).wait() == -signal.SIGKILL
+    broker.process.kill()
+    broker.wait()
+    newest = tmp_path / "out" / "versions" / (undisturbed[-1] + SUFFIX)
+    intact = newest.read_bytes()
+    damage(newest)
+    monitor = processes.start("monitor", "--broker", address, "--no-live")
+    others.append(processes.start("broker", *keys, "--out", "out"))
+    monitor.line(f"version {undisturbed[-1][:12]} cannot be used")
+    others.append(processes.start("client", "-i", "1", "--broker", address))
+    for process in others:
+        assert process.wait() == 0, process.err
+    assert versions_of(tmp_path / "out") == undisturbed
+    assert newest.read_bytes() == intact
+
+
 def test_a_broker_that_died_before_its_run_s_model_was_written_writes_it_when_it_is_started_again(
     processes: Processes, tmp_path: Path
 ) -> None:
