@@ -1,5 +1,7 @@
-"""A broker in this process that writes down every data message before it passes it on; its peers are real processes."""
+"""A broker in this process whose data messages a test can look at, or lose; its peers are real processes."""
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from queue import Queue
 from threading import Thread
@@ -47,25 +49,35 @@ class Tap(Port):
 
 def recorded(config: Config, processes: Processes) -> list[Passed]:
     """Run to the end with one server and the clients as processes; return what passed the broker, in order."""
+    taps: list[Tap] = []
+
+    def tapped(sockets: Sockets) -> Tap:
+        taps.append(Tap(sockets))
+        return taps[0]
+
+    with broker_here(config, processes.folder / "run", tapped) as address:
+        peers = [processes.start("server", "--broker", address)]
+        peers += [processes.start("client", "--broker", address) for _ in range(config.schedule.clients)]
+        assert [peer.wait() for peer in peers] == [0] * len(peers), [peer.err[-5:] for peer in peers]
+    assert taps[0].passed, "the tap hears nothing"
+    return taps[0].passed
+
+
+@contextmanager
+def broker_here(config: Config, folder: Path, port: Callable[[Sockets], Port]) -> Iterator[str]:
+    """Run a broker with a port of the test's own in this process; give its address, and wait for its end."""
     heard: Queue[str] = Queue()
-    passed: list[Passed] = []
-    thread = Thread(target=_serve, args=(config, processes.folder / "run", heard, passed))
+    thread = Thread(target=_serve, args=(config, folder, port, heard), daemon=True)
     thread.start()
-    address = heard.get()
-    peers = [processes.start("server", "--broker", address)]
-    peers += [processes.start("client", "--broker", address) for _ in range(config.schedule.clients)]
-    assert [peer.wait() for peer in peers] == [0] * len(peers), [peer.err[-5:] for peer in peers]
+    yield heard.get()
     thread.join()
-    assert passed, "the tap hears nothing"
-    return passed
 
 
-def _serve(config: Config, folder: Path, heard: "Queue[str]", passed: list[Passed]) -> None:
+def _serve(config: Config, folder: Path, port: Callable[[Sockets], Port], heard: "Queue[str]") -> None:
     create_folder(folder, config)
     with bound(config) as sockets, Journal.open(folder, {"run": "tapped"}) as journal:
         broker = Broker(config, "tapped", folder, journal, sockets)
-        broker.switch.port = tap = Tap(sockets)
+        broker.switch.port = port(sockets)
         heard.put(f"127.0.0.1:{sockets.port}")
         broker.serve()
         broker.close()
-        passed += tap.passed

@@ -540,8 +540,8 @@ def test_when_a_data_connection_is_new_the_other_party_of_its_lease_is_told_to_s
     for turn, client, server in zip(stage.turns, stage.clients, stage.servers, strict=True):
         to_server = server.data, Resend(RUN, server.token, turn.lease)
         to_client = client.data, Resend(RUN, client.token, turn.lease)
-        assert to_server in list(stage.router.relay.resends(stage.session(client)))
-        assert to_client in list(stage.router.relay.resends(stage.session(server)))
+        assert to_server in list(stage.router.relay.resends(("client", client.index)))
+        assert to_client in list(stage.router.relay.resends(("server", server.index)))
 
 
 def test_who_pulls_a_state_is_told_to_ask_again_when_its_holder_has_a_new_data_connection() -> None:
@@ -550,7 +550,7 @@ def test_who_pulls_a_state_is_told_to_ask_again_when_its_holder_has_a_new_data_c
     server, merge = stage.servers[0], stage.job(stage.servers[0])
     holders = {ref.holder for share in merge.inputs for ref in (share.front, share.back)}
     assert holders >= {"client.0", "client.1"}
-    again = list(stage.router.relay.resends(stage.session(stage.clients[1])))
+    again = list(stage.router.relay.resends(("client", 1)))
     assert again == [(server.data, Resend(RUN, server.token, merge.lease))]
 
 

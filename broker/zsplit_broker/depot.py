@@ -15,6 +15,7 @@ from zsplit_broker.disk import DiskFullError, Outcome, Writer
 from zsplit_broker.events import Damaged, Stored
 from zsplit_broker.intake import PIECE, Intake
 from zsplit_broker.versions import Versions
+from zsplit_broker.work import Peer, peer_of
 
 MAX_PENDING = 64 * 2**20
 """Bytes that may wait for the disk before the broker pulls no more."""
@@ -50,10 +51,10 @@ class Depot:
             self._intakes[ref.digest] = Intake(ref, self._run, self.versions, self._writer)
         self._pull()
 
-    def ask_again(self, holder: str) -> None:
+    def ask_again(self, holder: Peer) -> None:
         """Ask a holder anew, whose connection is a new one: what it was asked for before may be lost."""
         for intake in self._intakes.values():
-            if intake.ref.holder == holder:
+            if peer_of(intake.ref.holder) == holder:
                 intake.ask_again()
         self._pull()
 

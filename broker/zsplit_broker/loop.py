@@ -27,7 +27,6 @@ from zsplit.wire.messages import (
     ControlMessage,
     Fault,
     Hello,
-    Job,
     Refused,
     Telemetry,
     Turn,
@@ -66,7 +65,7 @@ from zsplit_broker.summary import summarise
 from zsplit_broker.switch import Switch
 from zsplit_broker.timeline import Timeline
 from zsplit_broker.versions import Versions
-from zsplit_broker.work import Peer, client_of
+from zsplit_broker.work import Peer, parties
 
 DRAIN = 64
 """Messages taken from one socket before the others have their turn."""
@@ -321,6 +320,8 @@ class Broker:
         for entry in entries:
             for instruction in self.scheduler.handle(entry):
                 touched |= self._do(instruction)
+            if isinstance(entry.event, Lost):
+                self.switch.have_sent_again((entry.event.role, entry.event.index))
             self._publish(self.bulletin.logs(entry.event))
             self._publish(self.bulletin.departure(entry.event))
         if len(self.scheduler.history) < rounds:  # a version was damaged, and its round is done again
@@ -486,10 +487,3 @@ class Broker:
                 if news is not None:
                     self._has_room()
                     self.news.append(news)
-
-
-def parties(job: Job) -> set[Peer]:
-    """Return the peers that a job concerns."""
-    peers: set[Peer] = {("server", job.server)}
-    client = client_of(job)
-    return peers if client is None else peers | {("client", client)}

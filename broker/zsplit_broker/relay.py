@@ -28,7 +28,7 @@ from zsplit.wire.messages import (
 from zsplit_broker.scheduler import Scheduler
 from zsplit_broker.session import Session
 from zsplit_broker.traffic import DOWN, UP, Lane, Traffic
-from zsplit_broker.work import Peer, client_of, peer_of, refs_of
+from zsplit_broker.work import Peer, client_of, parties, peer_of, refs_of
 
 BROKER = b""
 """Stands for the broker itself among the destinations of a data message."""
@@ -113,24 +113,17 @@ class Relay:
         self._forget_lanes()
         return Attached(self.run, session.token)
 
-    def resends(self, session: Session) -> Iterator[tuple[bytes, Resend]]:
-        """Yield what to tell the others when a peer's data connection is new: what went to it, or was asked of it, may
-        be lost.
+    def resends(self, peer: Peer) -> Iterator[tuple[bytes, Resend]]:
+        """Yield what to tell the others when a peer's data connection is new, or the peer is gone: what went to it, or
+        was asked of it, may be lost.
         """
         for lease, work in self.scheduler.work.items():
-            parties = self._parties(work.job)
-            asked = any(ref.holder == session.name for ref in refs_of(work.job))
-            for other in parties if session in parties or asked else ():
-                if other is not session and other.data is not None:
-                    yield other.data, Resend(self.run, other.token, lease)
-
-    def _parties(self, job: Job) -> list[Session]:
-        """Return the sessions of those who do a job, where they are here."""
-        peers: list[Peer] = [("server", job.server)]
-        client = client_of(job)
-        if client is not None:
-            peers.append(("client", client))
-        return [self.by_peer[peer] for peer in peers if peer in self.by_peer]
+            concerned = parties(work.job)
+            asked = any(peer_of(ref.holder) == peer for ref in refs_of(work.job))
+            for other in concerned - {peer} if peer in concerned or asked else ():
+                session = self.by_peer.get(other)
+                if session is not None and session.data is not None:
+                    yield session.data, Resend(self.run, session.token, lease)
 
     def _relay(self, session: Session, message: Tensors | Step, size: int) -> Route | None:
         to = self._other(session, message)

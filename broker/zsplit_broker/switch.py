@@ -13,10 +13,10 @@ from zsplit_broker.disk import Writer
 from zsplit_broker.port import Port
 from zsplit_broker.relay import BROKER
 from zsplit_broker.router import Router
-from zsplit_broker.session import Session
 from zsplit_broker.sockets import BELL
 from zsplit_broker.traffic import Lane
 from zsplit_broker.versions import Versions
+from zsplit_broker.work import Peer
 
 BATCH = 64
 """Messages that are counted at once, after they were passed on: from the second on the code for it is in the caches."""
@@ -107,13 +107,13 @@ class Switch:
             self.relayed += 1
             self.relayed_bytes += size
             if isinstance(message, Attach) and sender in self._relay.by_data:
-                self._have_sent_again(self._relay.by_data[sender])
+                self.have_sent_again(self._relay.by_data[sender].peer)
 
-    def _have_sent_again(self, session: Session) -> None:
-        """A peer's data connection is a new one: what was on its way to it or from it may be lost."""
-        for to, resend in list(self._relay.resends(session)):
+    def have_sent_again(self, peer: Peer) -> None:
+        """A peer's data connection is a new one, or it is gone: what was on its way to it or from it may be lost."""
+        for to, resend in list(self._relay.resends(peer)):
             self._forward(to, encode(resend), [])
-        self.depot.ask_again(session.name)
+        self.depot.ask_again(peer)
 
     def _forward(self, to: bytes, header: bytes, frames: list[zmq.Frame]) -> bool:
         """Send a data message; return whether its connection took it."""

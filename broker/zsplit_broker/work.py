@@ -47,6 +47,13 @@ def client_of(job: Job) -> int | None:
             return None
 
 
+def parties(job: Job) -> set[Peer]:
+    """Return the peers that a job concerns."""
+    peers: set[Peer] = {("server", job.server)}
+    client = client_of(job)
+    return peers if client is None else peers | {("client", client)}
+
+
 def refs_in(contribution: Contribution) -> list[Ref]:
     """Return the states that a contribution names."""
     return [ref for ref in (contribution.front, contribution.back) if ref is not None]
